@@ -1,0 +1,46 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "core/check.h"
+
+namespace rfk {
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  check(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
+}
+
+// Makes `index` the current device of this thread for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int index) {
+    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (index != previous_) check_cuda(cudaSetDevice(index), "cudaSetDevice");
+    changed_ = index != previous_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// The one place that launches a kernel; `what` names it in the error.
+template <typename... Params, typename... Args>
+void launch(const char* what, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Args&&... args) {
+  const auto start = [&](Params... params) {
+    void* pointers[] = {&params...};
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes,
+                            stream);
+  };
+  check_cuda(start(std::forward<Args>(args)...), what);
+}
+
+}  // namespace rfk

@@ -1,0 +1,12 @@
+#include "noise/noise.h"
+
+#include "rooms.h"
+
+namespace rfk::python {
+
+void bind_noise(py::module_& m) {
+  def(m, "philox_normal", &philox_normal);
+  def(m, "renoise", &renoise);
+}
+
+}  // namespace rfk::python

@@ -1,0 +1,13 @@
+#include "solver/solver.h"
+
+#include "rooms.h"
+
+namespace rfk::python {
+
+void bind_solver(py::module_& m) {
+  def(m, "affine_step", &affine_step);
+  def(m, "linear_combination", &linear_combination);
+  def(m, "taylor_step", &taylor_step);
+}
+
+}  // namespace rfk::python

@@ -1,0 +1,121 @@
+"""Registration of ops with torch: the one place that talks to `torch.library`.
+
+An op has two schemas. `rfkernels::<name>` returns a new tensor and is differentiable;
+`rfkernels::<name>_out` writes into its first argument and is not. Both run the same kernel.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["OPS", "Op", "define", "row_scalar", "sum_to_rows"]
+
+_library = torch.library.Library("rfkernels", "DEF")
+OPS: dict[str, "Op"] = {}
+
+
+@dataclass(frozen=True)
+class Op:
+    """A registered op: its definition in plain torch, an empty result, its two dispatcher entries."""
+
+    name: str
+    reference: Callable[..., Tensor]
+    empty: Callable[..., Tensor]
+    functional: torch._ops.OpOverload
+    out_variant: torch._ops.OpOverload
+
+    def __call__(self, *args, out: Tensor | None = None) -> Tensor:
+        differentiable = torch.is_grad_enabled() and any(map(_requires_grad, args))
+        if out is None:
+            if differentiable or torch.compiler.is_compiling():
+                return self.functional(*args)
+            out = self.empty(*args)  # without the autograd layer a call costs half: 3.5 us against 7.2
+        elif differentiable or (torch.is_grad_enabled() and out.requires_grad):
+            raise RuntimeError(
+                f"{self.name}: out= has no gradient, call it without out= or under torch.no_grad()"
+            )
+        self.out_variant(out, *args)
+        return out
+
+
+def define(
+    name: str,
+    params: str,
+    kernel: Callable[..., None],
+    empty: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    backward: Callable[..., tuple] | None = None,
+    saves: Callable[..., Sequence[Tensor]] = lambda *args: args,
+) -> Op:
+    """Registers an op for the CPU and CUDA.
+
+    Args:
+        params: the schema's parameters, `"Tensor x, Tensor v"`.
+        kernel: `kernel(out, *args)`, which fills `out`.
+        empty: `empty(*args)`: an uninitialised result. It is the fake (meta) implementation too.
+        reference: the definition in plain torch.
+        backward: `backward(grad, needs, *saved)`: one gradient, or None, per argument; `needs` says
+            which ones are wanted.
+        saves: the tensors that `backward` gets, from the arguments; by default all arguments.
+    """
+
+    def functional(*args):
+        out = empty(*args)
+        kernel(out, *args)
+        return out
+
+    _library.define(f"{name}({params}) -> Tensor")
+    _library.define(f"{name}_out(Tensor(a!) out, {params}) -> ()")
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, functional, key)
+        _library.impl(f"{name}_out", kernel, key)
+    torch.library.register_fake(f"rfkernels::{name}", empty, lib=_library)
+    torch.library.register_fake(f"rfkernels::{name}_out", lambda *args: None, lib=_library)
+    if backward is not None:
+
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*saves(*inputs))
+
+        def run_backward(ctx, grad):
+            return backward(grad.contiguous(), ctx.needs_input_grad, *ctx.saved_tensors)
+
+        torch.library.register_autograd(
+            f"rfkernels::{name}", run_backward, setup_context=setup_context, lib=_library
+        )
+    namespace = torch.ops.rfkernels
+    functional_entry, out_entry = getattr(namespace, name).default, getattr(namespace, f"{name}_out").default
+    op = Op(name, reference, empty, functional_entry, out_entry)
+    OPS[name] = op
+    return op
+
+
+def row_scalar(value: float | Tensor, x: Tensor) -> Tensor:
+    """`value` as a row scalar for `x`: tensors as they are, numbers as 0-d tensors on the device of `x`.
+
+    A number costs a small copy to the device; in a captured graph or a loop pass a tensor.
+    """
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=_accumulator(x), device=x.device)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def sum_to_rows(products: Tensor, scalar: Tensor) -> Tensor:
+    """The gradient of a row scalar: `products`, shaped like x, summed over what shares one scalar."""
+    shape = (*scalar.shape, *[1] * (products.ndim - scalar.ndim))
+    return products.sum_to_size(shape).view(scalar.shape).to(scalar.dtype)
+
+
+def expand_rows(scalar: Tensor, x: Tensor) -> Tensor:
+    """A row scalar with trailing axes of length 1, so that it broadcasts against `x`."""
+    return scalar.reshape(*scalar.shape, *[1] * (x.ndim - scalar.ndim))
+
+
+def _requires_grad(value) -> bool:
+    tensors = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
