@@ -42,5 +42,11 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake(), "-S", ".", "-B", build, "-G", "Ninja", *flags], check=True)
         subprocess.run([cmake(), "--build", build, "--target", "_C"], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """An editable install keeps the extension alone; the library that it links goes with it."""
+        super().copy_extensions_to_source()
+        library = Path("rfkernels", "librfkernels.so")
+        self.copy_file(str(Path(self.build_lib) / library), str(library))
+
 
 setup(ext_modules=[Extension("rfkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
