@@ -1,0 +1,57 @@
+"""Rectified-flow generation on compiled CPU and CUDA kernels.
+
+>>> import rfkernels
+>>> images = rfkernels.generate(["a red heart", "a blue circle"], seed=1)  # PIL images
+>>> pipe = rfkernels.Pipeline.load("emoji")                                # keeps the model loaded
+>>> print(rfkernels.explain())                                             # what runs where, and why
+
+Importing the package loads nothing heavy: every public name below is imported on first use.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rfkernels import models, ops, samplers
+    from rfkernels.diagnosis import explain
+    from rfkernels.pipeline import Pipeline, generate
+
+    __version__: str
+
+__all__ = ["Pipeline", "__version__", "explain", "generate", "models", "ops", "samplers"]
+
+_MODULES = frozenset({"models", "ops", "samplers"})
+_OBJECTS = {
+    "Pipeline": "rfkernels.pipeline",
+    "explain": "rfkernels.diagnosis",
+    "generate": "rfkernels.pipeline",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"rfkernels.{name}")
+    if name in _OBJECTS:
+        value = getattr(import_module(_OBJECTS[name]), name)
+    elif name == "__version__":
+        value = _installed_version()
+    else:
+        raise AttributeError(f"module 'rfkernels' has no attribute {name!r}")
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _installed_version() -> str:
+    try:
+        return import_module("rfkernels._version").__version__
+    except ModuleNotFoundError:
+        pass
+    try:
+        return version("rfkernels")
+    except PackageNotFoundError:  # a source tree on the path that was never installed
+        return "0+unknown"
