@@ -1,0 +1,1 @@
+"""Benchmarks of rfkernels: `python -m bench --help`. How the figures are taken is told in README.md."""

@@ -1,0 +1,80 @@
+"""Every op once on small awkward shapes against its definition: the program that a memory checker runs.
+
+compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.smoke cuda
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from rfkernels import ops
+
+# batch, *rest: one element, a ragged tail, several blocks, frames of a video
+SHAPES = ((1, 1), (3, 13), (2, 10_007), (2, 4, 3, 8, 8))
+DTYPES = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16))
+
+
+def main(device: str) -> int:
+    """1 if a result is off by more than rounding explains."""
+    failures = 0
+    for shape in SHAPES:
+        for state, velocity in DTYPES:
+            for name, (got, expected) in results(shape, state, velocity, device).items():
+                limit = 1e-5 if state == torch.float32 else 1e-2
+                error = ((got.double() - expected).abs() / (1 + expected.abs())).max().item()
+                if not (got.isfinite().all() and error <= limit):
+                    failures += 1
+                    print(
+                        f"{name} {tuple(shape)} {state} {velocity}: off by {error:.2e}, at most {limit:.0e}"
+                    )
+    print(
+        f"{failures} of the results are wrong on {device}" if failures else f"all ops are right on {device}"
+    )
+    return 1 if failures else 0
+
+
+def results(
+    shape: tuple[int, ...], state: torch.dtype, velocity: torch.dtype, device: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Ours and the definition in float64, by op."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(dims, generator=generator).to(device, dtype)
+
+    x, u, c = draw(shape, state), draw(shape, velocity), draw(shape, velocity)
+    derivatives = draw((3, *shape), velocity)
+    a, b, w = (draw(shape[:1], torch.float32) for _ in range(3))
+    coefs = draw((3, shape[0]), torch.float32)
+    keys = ops.noise_keys(7, shape[0], step=3, device=device)
+    z = ops.philox_normal_reference(shape, keys, torch.float64)
+    d = {name: t.double() for name, t in dict(x=x, u=u, c=c, a=a, b=b, w=w, k=coefs, d=derivatives).items()}
+    return {
+        "affine_step": (
+            ops.affine_step(x, u, a, b),
+            ops.affine_step_reference(d["x"], d["u"], d["a"], d["b"]),
+        ),
+        "linear_combination": (
+            ops.linear_combination([x, u, c], coefs),
+            ops.linear_combination_reference([d["x"], d["u"], d["c"]], d["k"]),
+        ),
+        "taylor_step": (
+            ops.taylor_step(x, derivatives, a),
+            ops.taylor_step_reference(d["x"], d["d"], d["a"]),
+        ),
+        "cfg_step": (
+            ops.cfg_step(x, u, c, w, a, b),
+            ops.cfg_step_reference(d["x"], d["u"], d["c"], d["w"], d["a"], d["b"]),
+        ),
+        "philox_normal": (ops.philox_normal(shape, keys, dtype=state), z),
+        "renoise": (ops.renoise(x, a, b, keys), _rows(d["a"], x) * d["x"] + _rows(d["b"], x) * z),
+    }
+
+
+def _rows(scalar: Tensor, x: Tensor) -> Tensor:
+    return scalar.view(-1, *[1] * (x.ndim - 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "cpu"))

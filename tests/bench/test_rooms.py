@@ -1,0 +1,81 @@
+"""The cases as data: found, distinct, and moving the bytes that they say."""
+
+import pytest
+import torch
+
+from bench import cases, guidance, harness, noise, overhead, smoke, solver
+
+ROOMS = {"solver": solver, "guidance": guidance, "noise": noise}
+SMALL = 300_000  # elements: what a test may fill
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("room", ROOMS)
+def test_cases_are_distinct(room: str, quick: bool) -> None:
+    found = list(ROOMS[room].cases("cpu", quick))
+    assert found and len({case.name for case in found}) == len(found)
+    assert {case.room for case in found} == {room}
+
+
+def small_cases() -> list[cases.Case]:
+    found = [case for room in ROOMS.values() for case in room.cases("cpu")]
+    return [case for case in found if torch.Size(case.shape).numel() <= SMALL]
+
+
+@pytest.mark.parametrize("case", small_cases(), ids=lambda case: f"{case.name} {case.label}")
+def test_bytes_are_those_of_the_tensors_and_sides_agree(case: cases.Case) -> None:
+    plan = harness.Plan(seconds=0, min_rounds=1, max_rounds=1, settle=0, cold_bytes=0, compile=False)
+    (slot,) = slots = harness.make_slots(case, 1, "cpu")
+    assert case.bytes_moved == slot.out.nbytes + sum(t.nbytes for t in slot.inputs)
+    assert slot.out.shape == case.shape and all(t.count_nonzero() == t.numel() for t in slot.inputs)
+    with torch.no_grad():
+        calls, _ = harness.case_calls(case, slots, plan)  # raises if a side computes something else
+    assert {"ours.new", "eager.new"} <= set(calls)
+
+
+def test_the_named_sizes_are_covered() -> None:
+    """What the speed claims are made on: 1, 16 and 64 M elements, every pair of dtypes."""
+    timed = {(c.op, c.label, c.dtypes) for room in (solver, guidance) for c in room.cases("cpu")}
+    for op in ("affine_step", "linear_combination k=3", "linear_combination k=5", "cfg_step"):
+        for label, shape in cases.SIZES.items():
+            assert torch.Size(shape).numel() == int(label[:-1]) << 20
+            assert {(op, label, dtypes) for dtypes in cases.DTYPES} <= timed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.uint8])
+def test_random_tensors_have_no_zero_and_are_reproducible(dtype: torch.dtype) -> None:
+    first, again = (cases.random_tensor((3, 700_001), dtype, "cpu", seed=5) for _ in range(2))
+    assert torch.equal(first, again) and first.count_nonzero() == first.numel()
+    assert len(first[0, :1000].unique()) > 100
+
+
+def test_calls_are_timed_at_every_layer() -> None:
+    sides = overhead.sides("cpu")
+    for call in sides.values():
+        call()
+    for layer in ("_C.", "torch.ops.rfkernels.", "ops.", "torch.add", "a*x + b*v"):
+        assert any(name.startswith(layer) for name in sides)
+
+
+def test_a_block_makes_its_calls() -> None:
+    made: list[int] = []
+    overhead.block(lambda: made.append(1), 7, "cpu", 0)
+    assert len(made) == 7
+
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_smoke_program_passes(device: str, capsys: pytest.CaptureFixture) -> None:
+    assert smoke.main(device) == 0
+    assert capsys.readouterr().out == f"all ops are right on {device}\n"
+
+
+def test_smoke_program_sees_a_wrong_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    real = smoke.ops.affine_step
+    monkeypatch.setattr(smoke.ops, "affine_step", lambda *args: 1.1 * real(*args))
+    assert smoke.main("cpu") == 1
+    assert "affine_step (1, 1)" in capsys.readouterr().out
