@@ -20,7 +20,7 @@ inline bool should_stream(const void* out, int64_t bytes) {
 #endif
 }
 
-// Copies to 16-byte aligned memory without reading it.
+// Copies to 16-byte aligned memory without reading it; seen by other threads after `stream_fence`.
 inline void stream_store(void* out, const void* in, int64_t bytes) {
 #ifdef __SSE2__
   auto* to = static_cast<__m128i*>(out);
@@ -28,9 +28,14 @@ inline void stream_store(void* out, const void* in, int64_t bytes) {
   for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(to + i, _mm_load_si128(from + i));
   const int64_t done = bytes / 16 * 16;
   std::memcpy(static_cast<char*>(out) + done, static_cast<const char*>(in) + done, bytes - done);
-  _mm_sfence();
 #else
   std::memcpy(out, in, bytes);
+#endif
+}
+
+inline void stream_fence() {
+#ifdef __SSE2__
+  _mm_sfence();
 #endif
 }
 
