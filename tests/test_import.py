@@ -35,6 +35,12 @@ def test_ops_do_not_load_the_command_line_or_the_models():
     assert loaded.isdisjoint({"typer", "rich", "PIL", "rfkernels.models.emoji", "rfkernels.pipeline"})
 
 
+def test_a_picture_needs_no_compiler():
+    # torch._dynamo takes over a second to import; an initialiser on a meta tensor would do it.
+    loaded = loaded_after("import rfkernels; rfkernels.generate('a red heart', steps=1)")
+    assert "rfkernels.models.emoji" in loaded and "torch._dynamo" not in loaded
+
+
 @pytest.mark.parametrize(
     "name", ["Pipeline", "explain", "generate", "models", "ops", "samplers", "__version__"]
 )

@@ -70,6 +70,9 @@ class EmojiFlow(nn.Module):
         self._init()
 
     def _init(self) -> None:
+        if self.out.weight.is_meta:  # a loader brings the values; meta tensors would import torch's compiler
+            return
+        nn.init.normal_(self.text.table, std=0.5)
         for name, p in self.named_parameters():
             if p.ndim == 2 and name.endswith("weight"):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)

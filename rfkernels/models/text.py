@@ -86,7 +86,6 @@ class TextEncoder(nn.Module):
     def __init__(self, table: int, embed: int, width: int):
         super().__init__()
         self.table = nn.Parameter(torch.empty(table, embed))
-        nn.init.normal_(self.table, std=0.5)
         self.join = nn.Linear(3 * embed, width)
         self.out = nn.Linear(width, width)
 
