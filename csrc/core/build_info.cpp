@@ -48,7 +48,11 @@ void add_cpu(BuildInfo& info) { info.cpu_isa = "baseline"; }
 BuildInfo build_info() {
   BuildInfo info;
   info.version = RFK_VERSION;
-  info.compiler = __VERSION__;
+#if defined(__clang__)
+  info.compiler = __VERSION__;  // "Clang 17.0.1 ..."
+#else
+  info.compiler = "GCC " __VERSION__;
+#endif
   info.cuda = RFK_CUDA_VERSION;
   info.cuda_archs = split(RFK_CUDA_ARCHS);
   add_cpu(info);

@@ -31,10 +31,20 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// The dynamic shared memory of the block, as many bytes as its launch asked for.
+template <typename T> __device__ T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+}
+
 // The one place that launches a kernel; `what` names it in the error.
 template <typename... Params, typename... Args>
 void launch(const char* what, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, Args&&... args) {
+  constexpr size_t kUnasked = 48 << 10;  // more dynamic shared memory must be asked for, once for a kernel
+  if (shared_bytes > kUnasked)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+               what);
   const auto start = [&](Params... params) {
     void* pointers[] = {&params...};
     return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes,

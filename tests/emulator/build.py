@@ -1,4 +1,9 @@
-"""Compiles csrc/*/*.cu as C++ into `rfkernels_emulated`, under the undefined-behaviour sanitizer."""
+"""Compiles the .cu files of csrc and of the emulator's own tests as C++ into `rfkernels_emulated`.
+
+The .cu files are compiled with every load and store reported to memory.cpp (the calls of GCC's thread
+sanitizer, whose library is not linked) and under the undefined-behaviour sanitizer; the emulator itself is
+plain C++.
+"""
 
 import hashlib
 import importlib.util
@@ -6,63 +11,68 @@ import os
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pybind11
 
 ROOT = Path(__file__).parents[2]
-FLAGS = [
-    *[
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-fopenmp",
-        "-ffp-contract=off",
-        "-fvisibility=hidden",
-        "-Wno-unknown-pragmas",
-    ],
-    *["-fsanitize=undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"],
-]
+HERE = Path(__file__).parent
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
+FLAGS += ["-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas"]
+UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
+CHECKED = [*UNDEFINED, "-fsanitize=thread"]
+CHECKED += ["-x", "c++", "-include", str(HERE / "cuda.h")]
 
 
-def sources() -> list[Path]:
-    kernels = sorted(ROOT.glob("csrc/*/*.cu"))
+def kernels() -> list[Path]:
+    """The CUDA files; those for one architecture alone (`*_sm90.cu`) cannot run here."""
+    found = [*ROOT.glob("csrc/*/*.cu"), *HERE.glob("kernels/*.cu")]
+    return sorted(path for path in found if not path.stem.endswith("_sm90"))
+
+
+def sources() -> dict[Path, list[str]]:
+    """Every file of the module and the flags that are its own."""
     host = [ROOT / "csrc/core/tensor.cpp", ROOT / "csrc/core/rows.cpp", ROOT / "python/dlpack.cpp"]
-    return [*kernels, *host, ROOT / "tests/emulator/module.cpp"]
+    return {path: CHECKED for path in kernels()} | {path: [] for path in [*host, *sorted(HERE.glob("*.cpp"))]}
 
 
-def _fingerprint() -> str:
-    files = [p for pattern in ("csrc/*/*", "python/*", "tests/emulator/**/*") for p in ROOT.glob(pattern)]
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in sorted(p for p in files if p.is_file() and p.suffix != ".pyc"):
+def _digest(paths: list[Path], words: list[str]) -> str:
+    digest = hashlib.sha256(" ".join(words).encode())
+    for path in sorted(paths):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def build(folder: Path) -> Path:
-    """Returns the compiled module; compiles only where a source has changed."""
-    folder = folder / _fingerprint()
-    module = folder / f"rfkernels_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if module.exists():
-        return module
+    """Returns the compiled module; compiles only the sources that have changed, all if a header has."""
     folder.mkdir(parents=True, exist_ok=True)
-    compiler = os.environ.get("CXX", "c++")
-    include = [ROOT / "tests/emulator", ROOT / "csrc", ROOT / "python", pybind11.get_include()]
-    include.append(sysconfig.get_path("include"))
-    options = [*FLAGS, *(f"-I{path}" for path in include)]
-    objects = [folder / f"{s.parent.name}-{s.name}.o" for s in sources()]
+    compiler = os.environ.get("CXX", "g++")
+    include = [HERE, ROOT / "csrc", ROOT / "python", pybind11.get_include(), sysconfig.get_path("include")]
+    options = [compiler, *FLAGS, *(f"-I{path}" for path in include)]
+    folders = (ROOT / "csrc", ROOT / "python", HERE)
+    headers = _digest([p for f in folders for p in f.rglob("*") if p.suffix in (".h", ".cuh")], options)
 
-    def compile_one(source: Path, target: Path) -> None:
-        subprocess.run([compiler, *options, "-x", "c++", "-c", source, "-o", target], check=True)
+    def compile_one(source: Path) -> Path:
+        own = sources()[source]
+        target = folder / f"{source.name}-{_digest([source], [headers, *own])}.o"
+        if not target.exists():
+            subprocess.run([*options, *own, "-c", source, "-o", f"{target}.partial"], check=True)
+            os.replace(f"{target}.partial", target)
+        return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, sources(), objects))
-    subprocess.run([compiler, *FLAGS, "-shared", *objects, "-o", f"{module}.partial"], check=True)
-    os.replace(f"{module}.partial", module)
-    return module
+        objects = list(pool.map(compile_one, sources()))
+    name = f"rfkernels_emulated-{_digest(objects, [])}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not (folder / name).exists():
+        command = [compiler, *FLAGS, *UNDEFINED, "-shared", *objects, "-o", f"{folder / name}.partial"]
+        subprocess.run(command, check=True)
+        os.replace(f"{folder / name}.partial", folder / name)
+    return folder / name
 
 
+@cache
 def load() -> ModuleType:
     path = build(ROOT / "build/emulator")
     spec = importlib.util.spec_from_file_location("rfkernels_emulated", path)

@@ -1,17 +1,88 @@
-// The CUDA halves of every op, executed on the CPU: rfkernels_emulated.affine_step(out, x, ...).
-// They get tensors that the checking half of the op has seen, as in the library.
+// The CUDA halves of every op, executed on the CPU: rfkernels_emulated.affine_step(out, x, ...), and the
+// kernels of the emulator's own tests. An op gets tensors that its checking half has seen, as in the library;
+// its kernels may touch these tensors and no other global memory.
 
+#include <deque>
+#include <sstream>
+#include <vector>
+
+#include "block.h"
 #include "guidance/guidance.h"
+#include "kernels/collectives.h"
+#include "kernels/faults.h"
+#include "kernels/ptx.h"
+#include "memory.h"
 #include "noise/noise.h"
 #include "rooms.h"
 #include "solver/solver.h"
 
+namespace {
+
+using namespace rfk;
+namespace py = pybind11;
+
+// Allows the memory of every tensor of a call, under its place in the call.
+class Tensors {
+ public:
+  void add(const TensorView& t) {
+    std::ostringstream name;
+    name << "tensor " << count_++ << ", " << t;
+    int64_t last = 0;
+    for (int d = 0; d < t.ndim; ++d) last += (t.shape[d] - 1) * t.stride[d];
+    allowed_.emplace_front(t.data, t.numel() ? (last + 1) * size_of(t.dtype) : 0, name.str());
+  }
+  void add(const std::vector<TensorView>& list) {
+    for (const TensorView& t : list) add(t);
+  }
+  template <typename T> void add(const T&) {}  // a number
+
+ private:
+  int count_ = 0;
+  std::deque<emulator::Allowed> allowed_;
+};
+
+template <typename... Args>
+void def(py::module_& m, const char* name, void (*f)(Stream, const TensorView&, Args...)) {
+  m.def(name,
+        [f](const python::TensorArg& out, const typename python::Passed<std::decay_t<Args>>::type&... args) {
+          Tensors tensors;
+          tensors.add(out.view);
+          (tensors.add(python::Passed<std::decay_t<Args>>::unwrap(args)), ...);
+          py::gil_scoped_release release;
+          f(nullptr, out.view, python::Passed<std::decay_t<Args>>::unwrap(args)...);
+        });
+}
+
+}  // namespace
+
 PYBIND11_MODULE(rfkernels_emulated, m) {
-  using namespace rfk;
-  python::def(m, "affine_step", &affine_step_cuda);
-  python::def(m, "cfg_step", &cfg_step_cuda);
-  python::def(m, "linear_combination", &linear_combination_cuda);
-  python::def(m, "philox_normal", &philox_normal_cuda);
-  python::def(m, "renoise", &renoise_cuda);
-  python::def(m, "taylor_step", &taylor_step_cuda);
+  m.def("set_seed", &emulator::set_seed, "The order in which blocks and warps run from now on.");
+
+  def(m, "affine_step", &affine_step_cuda);
+  def(m, "cfg_step", &cfg_step_cuda);
+  def(m, "linear_combination", &linear_combination_cuda);
+  def(m, "philox_normal", &philox_normal_cuda);
+  def(m, "renoise", &renoise_cuda);
+  def(m, "taylor_step", &taylor_step_cuda);
+
+  py::module_ test = m.def_submodule("test", "Kernels that test the emulator.");
+  def(test, "atomic_sum", &rfk::test::atomic_sum);
+  def(test, "block_sum", &rfk::test::block_sum);
+  def(test, "collective", &rfk::test::collective);
+  def(test, "copy", &rfk::test::copy);
+  def(test, "copy_through_async", &rfk::test::copy_through_async);
+  def(test, "index", &rfk::test::index);
+  def(test, "produce_and_consume", &rfk::test::produce_and_consume);
+  def(test, "ptx_byte_permute", &rfk::test::ptx_byte_permute);
+  def(test, "ptx_cp_async", &rfk::test::ptx_cp_async);
+  def(test, "ptx_exp2", &rfk::test::ptx_exp2);
+  def(test, "ptx_ldmatrix", &rfk::test::ptx_ldmatrix);
+  def(test, "ptx_lop3", &rfk::test::ptx_lop3);
+  def(test, "ptx_mma_fragments", &rfk::test::ptx_mma_fragments);
+  def(test, "ptx_mma_product", &rfk::test::ptx_mma_product);
+  def(test, "ptx_red_add", &rfk::test::ptx_red_add);
+  def(test, "ptx_stmatrix", &rfk::test::ptx_stmatrix);
+  def(test, "swap_warps", &rfk::test::swap_warps);
+  def(test, "use_block", &rfk::test::use_block);
+  def(test, "use_shared", &rfk::test::use_shared);
 }

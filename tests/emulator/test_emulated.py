@@ -4,13 +4,8 @@ import pytest
 import torch
 
 from rfkernels import ops
-from tests.emulator.build import ROOT, load
+from tests.emulator.build import ROOT
 from tests.ops.cases import BF16, DTYPES, F16, F32, F64, ROWS, SHAPES, VIDEO, Make, every_case
-
-
-@pytest.fixture(scope="session")
-def emulated():
-    return load()
 
 
 def assert_same_bits(emulated, case, make):
@@ -58,5 +53,5 @@ def test_noise_kernel_gives_the_bits_of_the_cpu(emulated, shape, dtype):
 
 def test_every_cuda_file_is_emulated(emulated):
     # An op whose CUDA half is not bound in tests/emulator/module.cpp has run nowhere.
-    assert {name for name in dir(emulated) if not name.startswith("_")} == set(ops.OPS)
+    assert set(ops.OPS) <= set(dir(emulated))
     assert {p.stem for p in ROOT.glob("csrc/*/*.cu")} <= set(ops.OPS) | {"noise"}

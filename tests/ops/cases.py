@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from rfkernels import ops
+from tests.emulator.build import load as load_emulator
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+# "emulated": the CUDA half of an op, compiled as C++ and run on the CPU (tests/emulator)
+KERNELS = [*DEVICES, "emulated"]
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 # state, velocity
 DTYPES = [(F64, F64), (F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
@@ -36,7 +39,12 @@ class Make:
         object.__setattr__(self, "generator", torch.Generator().manual_seed(self.seed))
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=F64).to(self.device, dtype)
+        return torch.randn(shape, generator=self.generator, dtype=F64).to(self.memory, dtype)
+
+    @property
+    def memory(self) -> str:
+        """Where the tensors lie."""
+        return "cpu" if self.device == "emulated" else self.device
 
     @property
     def x(self) -> Tensor:
@@ -53,7 +61,7 @@ class Make:
 
     @property
     def keys(self) -> Tensor:
-        return ops.noise_keys(12345678901, self.shape[0], step=3, device=self.device)
+        return ops.noise_keys(12345678901, self.shape[0], step=3, device=self.memory)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,15 @@ class Case:
     @property
     def op(self) -> Callable[..., Tensor]:
         return getattr(ops, self.name)
+
+    def run(self, device: str, *args, out: Tensor | None = None) -> Tensor:
+        """The op on tensors of a `Make` for this device."""
+        if device != "emulated":
+            return self.op(*args, out=out)
+        out = torch.full_like(flatten(args)[0], torch.nan) if out is None else out
+        if out.numel():  # the checking half of an op ends before the launch
+            getattr(load_emulator(), self.name)(out, *args)
+        return out
 
     @property
     def reference(self) -> Callable[..., Tensor]:
@@ -98,6 +115,7 @@ CASES = [
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_device = pytest.mark.parametrize("device", DEVICES)
+every_kernel = pytest.mark.parametrize("device", KERNELS)
 
 
 def widen(value):
