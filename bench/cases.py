@@ -20,7 +20,7 @@ SIZES = {"1M": (4, 1 << 18), "16M": (4, 1 << 22), "64M": (4, 1 << 24)}
 MODELS = {
     "FLUX 1024x1024": (1, 4096, 64),  # 64x64 packed tokens of 2x2 patches x 16 channels
     "Wan 480p 81 frames": (1, 16, 21, 60, 104),  # channels, frames / 4, height / 8, width / 8
-    "emoji sheet": (16, 4, 32, 32),  # sixteen pictures of the embedded model, RGBA
+    "emoji sheet": (16, 4, 64, 64),  # sixteen pictures of the embedded model, RGBA
 }
 
 

@@ -5,7 +5,7 @@
 #   bench/gpu_check.sh OUT [COMMIT] [ARGUMENTS OF python -m bench ...]
 #
 # COMMIT is noted in the figures where there is no git ("-": ask git). PYTHON chooses the interpreter.
-# OUT gets summary.txt, build.log, memcheck.log, tests.log, bench.log, bench.json, bench.html and bench.md.
+# OUT gets summary.txt, {build,memcheck,racecheck,bits,emulator,tests,bench}.log and bench.{json,html,md}.
 set -uo pipefail
 if [ $# -lt 1 ]; then
   echo "gpu_check: name the folder for logs and figures: bench/gpu_check.sh OUT [COMMIT]" >&2
@@ -52,7 +52,7 @@ build() {
 export -f build
 export python
 
-rm -f "$out"/{build,memcheck,tests,bench}.log "$out"/bench.{json,html,md}
+rm -f "$out"/{build,memcheck,racecheck,bits,emulator,tests,bench}.log "$out"/bench.{json,html,md}
 say "$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm --format=csv,noheader 2>&1)"
 say "$("$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' 2>&1)"
 say "commit $commit, $(date -u +%FT%TZ)"
@@ -69,14 +69,21 @@ assert info["cuda"], "the build found no nvcc"' || exit 1
 memcheck=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1)
 if command -v compute-sanitizer >/dev/null; then
   memcheck+=(compute-sanitizer --tool memcheck --error-exitcode 1)
+  # Our kernels alone: races of torch's are not ours to judge.
+  racecheck=(compute-sanitizer --tool racecheck --error-exitcode 1 --kernel-name kernel_substring=rfk)
+  step "no races in shared memory" racecheck.log 120 "${racecheck[@]}" "$python" -m bench.smoke cuda
 else
   say "note    compute-sanitizer is not here: the ops are only compared"
 fi
-step "every op on awkward shapes" memcheck.log 300 "${memcheck[@]}" "$python" -m bench.smoke cuda
+step "every op on awkward shapes" memcheck.log 180 "${memcheck[@]}" "$python" -m bench.smoke cuda
 
-options=(-o "addopts=-q --strict-markers")
-has pytest_benchmark && options=()
-step "all tests" tests.log 580 "$python" -m pytest "${options[@]}" -p no:cacheprovider tests
+# CPU kernels, emulated CUDA kernels, CUDA kernels: the same bits. CI ties the first two, and so does the second
+# step for the CPU that is here; the first step closes the triangle.
+step "the GPU gives the bits of the CPU" bits.log 120 "$python" -m bench.same_bits cpu cuda
+options=(-o "addopts=-q --strict-markers" -p no:cacheprovider)
+has pytest_benchmark && options=(-p no:cacheprovider)
+step "emulated kernels give the bits of the CPU" emulator.log 240 "$python" -m pytest "${options[@]}" tests/emulator
+step "all other tests" tests.log 580 "$python" -m pytest "${options[@]}" tests --ignore tests/emulator
 
 note=()
 [ "$commit" != - ] && note=(--commit "$commit")
