@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rfkernels.ops import affine_step, linear_combination, taylor_step
-from tests.ops.cases import every_device
+from tests.ops.cases import BF16, F32, F64, Make, every_device
 
 
 @every_device
@@ -80,3 +80,17 @@ def test_a_step_beyond_2_31_bytes_reaches_the_last_element(device):
     v = torch.ones((), dtype=torch.bfloat16, device=device).expand(n).contiguous()
     affine_step(x, v, 1.0, 0.5, out=x)
     assert x[0] == 0.5 and x[-1] == 0.5 and x.sum(dtype=torch.float64) == n / 2
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_a_large_result_may_start_anywhere(offset, dtype):
+    # Larger than 4 MiB it is stored past the caches, by instructions that need 16-byte alignment; rows end
+    # inside the strips that are stored at once.
+    shape = (3, 1_000_003)
+    make = Make(shape, dtype, dtype, "cpu")
+    x, v, a, b = make.x, make.v, make.scalar, make.scalar
+    out = torch.full((3 * 1_000_003 + offset,), torch.nan, dtype=dtype)[offset:].view(shape)
+    affine_step(x, v, a, b, out=out)
+    rows = [affine_step(*(t[i : i + 1].clone() for t in (x, v, a, b))) for i in range(3)]
+    assert torch.equal(out, torch.cat(rows))
