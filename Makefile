@@ -39,7 +39,7 @@ install: venv
 ifneq ($(VENV),none)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q "$(TORCH)"
 endif
-	$(PY) -m pip install -q $(PIP_FLAGS) -e ".[cli,test]"
+	$(PY) -m pip install -q $(PIP_FLAGS) -e ".[test]"
 
 lint: venv
 	bash tools/lint.sh $(PY)

@@ -187,10 +187,11 @@ def test_never_returns_pictures_that_are_not_finite():
 
 def test_half_precision_models_keep_the_state_in_float32(pipe):
     half = Pipeline("emoji", tiny_model().bfloat16(), torch.device("cpu"), torch.bfloat16, "", 0.0)
-    seen = []
-    result = half("red heart", steps=2, callback=lambda info: seen.append(info.x.dtype))
-    assert seen == [torch.float32] * 2 and result.parameters["dtype"] == "bfloat16"
-    assert close(result.images[0], pipe("red heart", steps=2).images[0], steps=40)
+    seen, exact = [], []
+    result = half("red heart", steps=2, callback=lambda info: seen.append(info.x))
+    pipe("red heart", steps=2, callback=lambda info: exact.append(info.x))
+    assert [x.dtype for x in seen] == [torch.float32] * 2 and result.parameters["dtype"] == "bfloat16"
+    assert 0 < (seen[-1] - exact[-1]).std() < 0.1 * exact[-1].std()
 
 
 def test_threads_share_a_pipeline(pipe):
