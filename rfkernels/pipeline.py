@@ -219,10 +219,7 @@ class Pipeline:
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             tick()
-            if not guided:
-                return self.model(x, sigma, text)
-            both = self.model(torch.cat([x, x]), torch.cat([sigma, sigma]), text)
-            return both[:count], both[count:]
+            return self.model.guided(x, sigma, text) if guided else self.model(x, sigma, text)
 
         keys = noise_keys([seed for _, seed in drawn], count, device=self.device)
         noise = philox_normal((count, config.channels, config.size, config.size), keys)

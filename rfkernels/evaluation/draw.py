@@ -29,11 +29,7 @@ def draw(
     for first in range(0, len(prompts), CHUNK):
         chunk = prompts[first : first + CHUNK]
         text = model.encode([""] * len(chunk) + chunk)
-
-        def velocity(x: Tensor, sigma: Tensor, text=text, n: int = len(chunk)) -> tuple[Tensor, Tensor]:
-            both = model(torch.cat([x, x]), torch.cat([sigma, sigma]), text)
-            return both[:n], both[n:]
-
+        velocity = lambda x, sigma, text=text: model.guided(x, sigma, text)
         seeds = [seed + first + i for i in range(len(chunk))]
         noise = philox_normal(
             (len(chunk), c.channels, c.size, c.size), noise_keys(seeds, len(chunk), device=device)

@@ -111,6 +111,11 @@ class EmojiFlow(nn.Module):
         scale = sigma.float().clamp(min=SIGMA_MIN)[:, None, None, None]
         return ((x.float() - x0.float()) / scale).to(x.dtype)
 
+    def guided(self, x: Tensor, sigma: Tensor, text: TextTokens) -> tuple[Tensor, Tensor]:
+        """The velocities without and with the prompts, in one evaluation; text of [""] * batch + prompts."""
+        uncond, cond = self(torch.cat([x, x]), torch.cat([sigma, sigma]), text).chunk(2)
+        return uncond, cond
+
     def predict(self, x: Tensor, sigma: Tensor, rows: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
         """The picture x0 that the network expects behind x at noise level sigma, like x."""
         words, pooled = self.text(rows, weights, mask)

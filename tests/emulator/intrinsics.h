@@ -94,17 +94,14 @@ unsigned __match_all_sync(unsigned mask, T value, int* all_same,
   return same ? mask : 0;
 }
 
-#define RFK_REDUCE(name, T, expression)                                                \
-  inline T name(unsigned mask, T value, EmulatorWhere at = EmulatorWhere::current()) { \
-    const auto all = emulator::exchange(mask, value, #name, at);                       \
-    T a = value;                                                                       \
-    bool own = true; /* the lane's own value is in `a` already */                      \
-    for (int l = 0; l < emulator::kWarp; ++l) {                                        \
-      const T b = all[l];                                                              \
-      own = l == emulator::lane();                                                     \
-      if ((mask >> l & 1) && !own) a = (expression);                                   \
-    }                                                                                  \
-    return a;                                                                          \
+#define RFK_REDUCE(name, T, expression)                                            \
+  inline T name(unsigned mask, T a, EmulatorWhere at = EmulatorWhere::current()) { \
+    const auto all = emulator::exchange(mask, a, #name, at);                       \
+    for (int l = 0; l < emulator::kWarp; ++l) {                                    \
+      const T b = all[l];                                                          \
+      if ((mask >> l & 1) && l != emulator::lane()) a = (expression);              \
+    }                                                                              \
+    return a;                                                                      \
   }
 RFK_REDUCE(__reduce_add_sync, unsigned, a + b)
 RFK_REDUCE(__reduce_add_sync, int, int(unsigned(a) + unsigned(b)))
