@@ -16,9 +16,12 @@ DType dtype_of(dlpack::DataType t) {
     if (t.code == dlpack::kFloat && t.bits == 16) return DType::f16;
     if (t.code == dlpack::kBfloat && t.bits == 16) return DType::bf16;
     if (t.code == dlpack::kInt && t.bits == 64) return DType::i64;
+    if (t.code == dlpack::kInt && t.bits == 32) return DType::i32;
+    if (t.code == dlpack::kInt && t.bits == 8) return DType::i8;
+    if (t.code == dlpack::kUInt && t.bits == 8) return DType::u8;
   }
-  fail("expected float64, float32, float16, bfloat16 or int64, got DLPack type code ", int(t.code), ", ",
-       int(t.bits), " bits, ", t.lanes, " lanes");
+  fail("expected float64, float32, float16, bfloat16, int64, int32, int8 or uint8, got DLPack type code ",
+       int(t.code), ", ", int(t.bits), " bits, ", t.lanes, " lanes");
 }
 
 Device device_of(dlpack::Device d) {

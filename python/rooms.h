@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <vector>
 
 #include "dlpack.h"
@@ -19,6 +20,12 @@ template <typename T> struct Passed {
 template <> struct Passed<TensorView> {
   using type = TensorArg;
   static const TensorView& unwrap(const TensorArg& arg) { return arg.view; }
+};
+template <> struct Passed<std::optional<TensorView>> {
+  using type = std::optional<TensorArg>;
+  static std::optional<TensorView> unwrap(const std::optional<TensorArg>& arg) {
+    return arg ? std::optional(arg->view) : std::nullopt;
+  }
 };
 template <> struct Passed<std::vector<TensorView>> {
   using type = std::vector<TensorArg>;

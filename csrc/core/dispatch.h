@@ -14,7 +14,7 @@ template <typename F> void dispatch_float(const char* op, DType dtype, F&& f) {
     case DType::f32: return f.template operator()<float>();
     case DType::f16: return f.template operator()<f16>();
     case DType::bf16: return f.template operator()<bf16>();
-    case DType::i64: break;
+    default: break;
   }
   fail(op, ": expected a floating dtype, got ", name_of(dtype));
 }

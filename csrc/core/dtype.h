@@ -12,12 +12,15 @@
 
 namespace rfk {
 
-enum class DType : uint8_t { f64, f32, f16, bf16, i64 };
+enum class DType : uint8_t { f64, f32, f16, bf16, i64, i32, i8, u8 };  // u8: fp8 codes too
 
-inline int size_of(DType t) { return t == DType::f64 || t == DType::i64 ? 8 : t == DType::f32 ? 4 : 2; }
+inline int size_of(DType t) {
+  constexpr int kSizes[] = {8, 4, 2, 2, 8, 4, 1, 1};
+  return kSizes[int(t)];
+}
 
 inline const char* name_of(DType t) {
-  constexpr const char* kNames[] = {"f64", "f32", "f16", "bf16", "i64"};
+  constexpr const char* kNames[] = {"f64", "f32", "f16", "bf16", "i64", "i32", "i8", "u8"};
   return kNames[int(t)];
 }
 

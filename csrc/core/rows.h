@@ -48,19 +48,42 @@ template <typename A> struct RowScalar {
   }
 };
 
+// One vector per row, read or written through strides; null if absent.
+template <typename T> struct RowVectors {
+  T* data = nullptr;
+  int64_t stride[kRowAxes] = {};
+
+  RFK_HD T* at(RowIndex r) const {
+    int64_t at = 0;
+    for (int a = 0; a < kRowAxes; ++a) at += r.i[a] * stride[a];
+    return data + at;
+  }
+};
+
 struct RowArg {
   const char* name;
   TensorView view;
-  int64_t stride[kRowAxes] = {};  // filled in by plan_rows
+  int trailing = 0;               // axes of its own behind the row axes
+  int64_t stride[kRowAxes] = {};  // filled in by plan_rows and plan_vectors
 
   template <typename A> RowScalar<A> scalar(int64_t offset = 0) const {
     RowScalar<A> s{view.ptr<A>() + offset, {}};
     for (int a = 0; a < kRowAxes; ++a) s.stride[a] = stride[a];
     return s;
   }
+  template <typename T> RowVectors<T> vectors() const {
+    RowVectors<T> v{view.ptr<T>(), {}};
+    for (int a = 0; a < kRowAxes; ++a) v.stride[a] = stride[a];
+    return v;
+  }
 };
 
 // Checks the scalars of a call against x and finds the rows that they have in common.
 RowPlan plan_rows(const char* op, const TensorView& x, std::span<RowArg> args);
+
+// x [*lead, width] as rows along its last axis. The tensors of a call, x and the results among them, are read
+// along `lead` through any strides: tensors with a last axis of their own (trailing 1, in which neighbours
+// must be adjacent), and row scalars (trailing 0).
+RowPlan plan_vectors(const char* op, const TensorView& x, std::span<RowArg> args);
 
 }  // namespace rfk

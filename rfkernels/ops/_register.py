@@ -1,7 +1,7 @@
 """Registration of ops with torch: the one place that talks to `torch.library`.
 
-An op has two schemas. `rfkernels::<name>` returns a new tensor and is differentiable;
-`rfkernels::<name>_out` writes into its first argument and is not. Both run the same kernel.
+An op has two schemas. `rfkernels::<name>` returns new tensors and is differentiable;
+`rfkernels::<name>_out` writes into its first arguments and is not. Both run the same kernel.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = ["OPS", "Op", "define", "row_scalar", "sum_to_rows"]
 
+Outputs = Tensor | tuple[Tensor, ...]
 _library = torch.library.Library("rfkernels", "DEF")
 OPS: dict[str, "Op"] = {}
 
@@ -21,22 +22,22 @@ class Op:
     """A registered op: its definition in plain torch, an empty result, its two dispatcher entries."""
 
     name: str
-    reference: Callable[..., Tensor]
-    empty: Callable[..., Tensor]
+    reference: Callable[..., Outputs]
+    empty: Callable[..., Outputs]
     functional: torch._ops.OpOverload
     out_variant: torch._ops.OpOverload
 
-    def __call__(self, *args, out: Tensor | None = None) -> Tensor:
+    def __call__(self, *args, out: Outputs | None = None) -> Outputs:
         differentiable = torch.is_grad_enabled() and any(map(_requires_grad, args))
         if out is None:
             if differentiable or torch.compiler.is_compiling():
                 return self.functional(*args)
             out = self.empty(*args)  # without the autograd layer a call costs half: 3.5 us against 7.2
-        elif differentiable or (torch.is_grad_enabled() and out.requires_grad):
+        elif differentiable or (torch.is_grad_enabled() and any(t.requires_grad for t in _tuple(out))):
             raise RuntimeError(
                 f"{self.name}: out= has no gradient, call it without out= or under torch.no_grad()"
             )
-        self.out_variant(out, *args)
+        self.out_variant(*_tuple(out), *args)
         return out
 
 
@@ -44,30 +45,36 @@ def define(
     name: str,
     params: str,
     kernel: Callable[..., None],
-    empty: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
+    empty: Callable[..., Outputs],
+    reference: Callable[..., Outputs],
     backward: Callable[..., tuple] | None = None,
-    saves: Callable[..., Sequence[Tensor]] = lambda *args: args,
+    saves: Callable[..., Sequence] = lambda out, *args: args,
+    outputs: Sequence[str] = ("out",),
 ) -> Op:
     """Registers an op for the CPU and CUDA.
 
     Args:
         params: the schema's parameters, `"Tensor x, Tensor v"`.
-        kernel: `kernel(out, *args)`, which fills `out`.
-        empty: `empty(*args)`: an uninitialised result. It is the fake (meta) implementation too.
+        kernel: `kernel(*outs, *args)`, which fills the results.
+        empty: `empty(*args)`: an uninitialised result, or a tuple of them. It is the fake (meta)
+            implementation too.
         reference: the definition in plain torch.
         backward: `backward(grad, needs, *saved)`: one gradient, or None, per argument; `needs` says
-            which ones are wanted.
-        saves: the tensors that `backward` gets, from the arguments; by default all arguments.
+            which ones are wanted. Of an op with several results `grad` is a tuple, None where a result
+            was not used.
+        saves: what `backward` gets, from the result and the arguments; by default all arguments.
+        outputs: the names of the results.
     """
 
     def functional(*args):
         out = empty(*args)
-        kernel(out, *args)
+        kernel(*_tuple(out), *args)
         return out
 
-    _library.define(f"{name}({params}) -> Tensor")
-    _library.define(f"{name}_out(Tensor(a!) out, {params}) -> ()")
+    results = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
+    writes = ", ".join(f"Tensor({'abcdef'[i]}!) {out}" for i, out in enumerate(outputs))
+    _library.define(f"{name}({params}) -> {results}")
+    _library.define(f"{name}_out({writes}, {params}) -> ()")
     for key in ("CPU", "CUDA"):
         _library.impl(name, functional, key)
         _library.impl(f"{name}_out", kernel, key)
@@ -76,10 +83,16 @@ def define(
     if backward is not None:
 
         def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*saves(*inputs))
+            values = saves(output, *inputs)
+            ctx.save_for_backward(*(v for v in values if isinstance(v, Tensor)))
+            ctx.others = [None if isinstance(v, Tensor) else (v,) for v in values]
+            ctx.set_materialize_grads(False)
 
-        def run_backward(ctx, grad):
-            return backward(grad.contiguous(), ctx.needs_input_grad, *ctx.saved_tensors)
+        def run_backward(ctx, *grads):
+            tensors = iter(ctx.saved_tensors)
+            saved = [next(tensors) if other is None else other[0] for other in ctx.others]
+            grads = tuple(None if g is None else g.contiguous() for g in grads)
+            return backward(grads if len(grads) > 1 else grads[0], ctx.needs_input_grad, *saved)
 
         torch.library.register_autograd(
             f"rfkernels::{name}", run_backward, setup_context=setup_context, lib=_library
@@ -114,6 +127,10 @@ def sum_to_rows(products: Tensor, scalar: Tensor) -> Tensor:
 def expand_rows(scalar: Tensor, x: Tensor) -> Tensor:
     """A row scalar with trailing axes of length 1, so that it broadcasts against `x`."""
     return scalar.reshape(*scalar.shape, *[1] * (x.ndim - scalar.ndim))
+
+
+def _tuple(out: Outputs) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else out
 
 
 def _requires_grad(value) -> bool:

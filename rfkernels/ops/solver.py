@@ -114,7 +114,7 @@ _linear_combination = define(
     lambda tensors, coefs: torch.empty_like(tensors[0]),
     linear_combination_reference,
     _linear_combination_backward,
-    saves=lambda tensors, coefs: (coefs, *tensors),
+    saves=lambda out, tensors, coefs: (coefs, *tensors),
 )
 
 

@@ -34,7 +34,10 @@ class Tensors {
   void add(const std::vector<TensorView>& list) {
     for (const TensorView& t : list) add(t);
   }
-  template <typename T> void add(const T&) {}  // a number
+  void add(const std::optional<TensorView>& t) {
+    if (t) add(*t);
+  }
+  template <typename T> void add(const T&) {}  // a number or a name
 
  private:
   int count_ = 0;

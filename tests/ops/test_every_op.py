@@ -195,7 +195,7 @@ def _refusals(case):
     x = flatten(good)[0]
     yield _with_first(good, torch.zeros(6, 2).T), "expected contiguous tensors, got f32"
     yield (
-        _with_first(good, torch.zeros(2, 6, dtype=torch.int32)),
+        _with_first(good, torch.zeros(2, 6, dtype=torch.complex64)),
         "expected float64, float32, float16, bfloat16",
     )
     bad_rows = [torch.zeros(3), torch.zeros(2, dtype=F64), torch.zeros(2, 6, 1)]
