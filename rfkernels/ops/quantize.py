@@ -1,0 +1,202 @@
+"""Quantising forms: a region that hands eight-bit codes to the linear layer behind it, in one pass over memory.
+
+`codes` are int8 or float8_e4m3fn in the shape of the tokens, the value of a code is `codes * scales[..., None]`:
+
+- "int8": per row `scale = amax / 127`, `code = round(x / scale)` in -127 .. 127;
+- "fp8": per row `scale = amax / 448`, or one given `tensor_scale`, beyond which values saturate;
+
+rounded to nearest even (the code is made of `x` times the reciprocal, in float32). A row of zeros has codes 0 and a small
+positive scale. A row with a NaN or an infinity has the scale NaN and codes 0, and with a `tensor_scale` the code NaN
+where one stood: what is made of it is NaN, never a wrong number.
+
+`rotation` G = 16, 64 or 256 multiplies groups of G neighbours by the orthogonal matrix `rotation_matrix(G)` first, which
+spreads outliers over the group (ConvRot; QuaRot, Ashkboos et al., 2024); the weights of the linear layer carry the same.
+
+Tiers: "fast" quantises the float32 values of the region, "exact" what eager torch would have stored. No gradients.
+"""
+
+import torch
+from torch import Tensor
+
+from rfkernels import _C
+from rfkernels.ops._norm_definitions import (
+    gated_residual_norm_modulate_reference,
+    norm_modulate_reference,
+)
+from rfkernels.ops._norm_gradients import like
+from rfkernels.ops._register import define
+from rfkernels.ops.norm import checked_index
+
+__all__ = [
+    "gated_residual_norm_modulate_quantize",
+    "gated_residual_norm_modulate_quantize_reference",
+    "norm_modulate_quantize",
+    "norm_modulate_quantize_reference",
+    "quantize",
+    "quantize_reference",
+    "rotation_matrix",
+]
+
+_CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_LIMIT = {"int8": 127.0, "fp8": 448.0}
+
+
+def _dtype(format: str) -> torch.dtype:
+    if format not in _CODES:
+        raise ValueError(f"quantize: format must be 'int8' or 'fp8', got {format!r}")
+    return _CODES[format]
+
+
+def rotation_matrix(group: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The matrix of a rotation: Kronecker powers of the 4 x 4 Hadamard matrix with equal row sums, over sqrt(group).
+
+    Symmetric and its own inverse. `group` is 4, 16, 64, 256, ...
+    """
+    h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=dtype) / 2
+    matrix = torch.ones(1, 1, dtype=dtype)
+    while len(matrix) < group:
+        matrix = torch.kron(matrix, h4)
+    if len(matrix) != group:
+        raise ValueError(f"rotation_matrix: group must be a power of 4, got {group}")
+    return matrix
+
+
+def quantize_reference(
+    x: Tensor, format: str = "int8", tensor_scale: Tensor | None = None, rotation: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The definition of `quantize` in plain torch."""
+    if rotation:
+        x = (x.unflatten(-1, (-1, rotation)) @ rotation_matrix(rotation, dtype=x.dtype).to(x.device)).flatten(
+            -2
+        )
+    x, limit = x.float(), _LIMIT[format]
+    if tensor_scale is not None:
+        scaled = (x * (1 / tensor_scale.float())).clamp(-limit, limit)
+        return torch.where(x.isfinite(), scaled, torch.nan).to(_CODES[format]), tensor_scale
+    finite = x.isfinite().all(-1)
+    top = torch.where(finite, x.abs().amax(-1), 1).clamp_min(1e-28)
+    scaled = torch.where(finite[..., None], x, 0) * (limit / top)[..., None]
+    codes = scaled.round() if format == "int8" else scaled
+    return codes.to(_CODES[format]), torch.where(finite, top / limit, torch.nan)
+
+
+def norm_modulate_quantize_reference(
+    x, scale, shift, index, weight, bias, norm, eps, tier, format, tensor_scale, rotation
+):
+    """The definition of `norm_modulate_quantize` in plain torch."""
+    n = norm_modulate_reference(x, scale, shift, index, weight, bias, norm, eps)
+    return quantize_reference(n, format, tensor_scale, rotation)
+
+
+def gated_residual_norm_modulate_quantize_reference(x, y, *args):
+    """The definition of `gated_residual_norm_modulate_quantize` in plain torch."""
+    *region, format, tensor_scale, rotation = args
+    r, n = gated_residual_norm_modulate_reference(x, y, *region)
+    return r, *quantize_reference(n, format, tensor_scale, rotation)
+
+
+def quantize(
+    x: Tensor, format: str = "int8", *, tensor_scale: Tensor | None = None, rotation: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Returns the codes and scales of the rows of `x`, `[*lead, width]`.
+
+    Args:
+        x: float64, float32, float16 or bfloat16; the leading axes may have any strides.
+        format: "int8" or "fp8".
+        tensor_scale: float32 number on the device of `x`, for "fp8"; absent: a scale per row.
+        rotation: 0, 16, 64 or 256, a divisor of the width.
+
+    Returns:
+        codes like `x`, int8 or float8_e4m3fn; scales, float32 `[*lead]`, or `tensor_scale`.
+
+    Raises:
+        ValueError: an unknown format, a rotation that does not divide the width, tensors that do not fit.
+    """
+    return norm_modulate_quantize(x, norm="none", format=format, tensor_scale=tensor_scale, rotation=rotation)
+
+
+def norm_modulate_quantize(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    tier: str = "fast",
+    format: str = "int8",
+    tensor_scale: Tensor | None = None,
+    rotation: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`quantize` of `norm_modulate`: returns codes and scales. Arguments and errors as there."""
+    index = checked_index("norm_modulate_quantize", index, scale, shift)
+    region = (x, scale, shift, index, weight, bias, norm, eps, tier)
+    codes, scales = _norm_modulate_quantize(*region, format, tensor_scale, rotation)
+    return codes, scales if tensor_scale is None else tensor_scale
+
+
+def gated_residual_norm_modulate_quantize(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    gate_activation: str = "none",
+    branch_norm: str = "none",
+    branch_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    tier: str = "fast",
+    format: str = "int8",
+    tensor_scale: Tensor | None = None,
+    rotation: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gated_residual_norm_modulate` with its second result quantised: returns x', codes, scales."""
+    index = checked_index("gated_residual_norm_modulate_quantize", index, gate, scale, shift)
+    branch = (gate_activation, branch_norm, branch_weight)
+    region = (x, y, gate, scale, shift, index, *branch, weight, bias, norm, eps, tier)
+    x_out, codes, scales = _gated_residual_norm_modulate_quantize(*region, format, tensor_scale, rotation)
+    return x_out, codes, scales if tensor_scale is None else tensor_scale
+
+
+# --- registration ---
+
+
+def _empty(x: Tensor, format: str, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    scales = x.shape[:-1] if tensor_scale is None else (0,)
+    return x.new_empty(x.shape, dtype=_dtype(format)), x.new_empty(scales, dtype=torch.float32)
+
+
+def _bytes(codes: Tensor) -> Tensor:
+    """Codes as a type that every DLPack knows."""
+    return codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
+
+
+_CODING = "str format, Tensor? tensor_scale, int rotation"
+_PARAMETERS = "Tensor? weight, Tensor? bias, str norm, float eps, str tier"
+
+_norm_modulate_quantize = define(
+    "norm_modulate_quantize",
+    f"Tensor x, Tensor? scale, Tensor? shift, Tensor? index, {_PARAMETERS}, {_CODING}",
+    lambda codes, scales, *args: _C.norm_modulate_quantize(_bytes(codes), scales, *args[:-3], *args[-2:]),
+    lambda x, *args: _empty(x, *args[-3:-1]),
+    norm_modulate_quantize_reference,
+    outputs=("codes", "scales"),
+)
+_gated_residual_norm_modulate_quantize = define(
+    "gated_residual_norm_modulate_quantize",
+    "Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? index, str gate_activation, "
+    f"str branch_norm, Tensor? branch_weight, {_PARAMETERS}, {_CODING}",
+    lambda x_out, codes, scales, *args: _C.gated_residual_norm_modulate_quantize(
+        x_out, _bytes(codes), scales, *args[:-3], *args[-2:]
+    ),
+    lambda x, *args: (like(x), *_empty(x, *args[-3:-1])),
+    gated_residual_norm_modulate_quantize_reference,
+    outputs=("x_out", "codes", "scales"),
+)
