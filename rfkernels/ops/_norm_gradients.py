@@ -1,4 +1,5 @@
-"""The gradients of the norm room: one kernel, and small tables of sums that those of the parameters are made of."""
+"""The gradients of the norm room: one kernel, and small tables of sums that those of the parameters are made
+of."""
 
 from itertools import pairwise
 from typing import Any
@@ -35,7 +36,8 @@ def ada_norm_backward_reference(
     act: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of the backward kernel: the gradient of v, and the sums of dy N(v) and dy over each group."""
+    """The definition of the backward kernel: the gradient of v, and the sums of dy N(v) and dy over each
+    group."""
     with torch.enable_grad():
         leaf = v.detach().requires_grad_()
         n = normalise(leaf, norm, eps)
@@ -60,7 +62,8 @@ def ada_norm_backward_reference(
 
 _ada_norm_backward = define(
     "ada_norm_backward",
-    "Tensor dy, Tensor v, Tensor? add, Tensor? weight, Tensor? table, Tensor? index, Tensor? order, Tensor? begins, "
+    "Tensor dy, Tensor v, Tensor? add, Tensor? weight, Tensor? table, Tensor? index, Tensor? order, "
+    "Tensor? begins, "
     "int groups, int splits, bool wants_sums, str norm, str act, float eps",
     _C.ada_norm_backward,
     lambda dy, v, add, weight, table, index, order, begins, groups, splits, wants_sums, *_: (
@@ -75,7 +78,8 @@ _ada_norm_backward = define(
 def _sorted_rows(
     table: Tensor | None, index: Tensor | None, x: Tensor
 ) -> tuple[Tensor | None, Tensor | None, int]:
-    """How the rows of x fall into groups that share a row of `table`: their order, where each begins, how many."""
+    """How the rows of x fall into groups that share a row of `table`: their order, where each begins, how
+    many."""
     lead = x.shape[:-1]
     if table is None:
         return None, None, 1
@@ -109,7 +113,8 @@ def _affine_backward(
     eps: float,
     wants_sums: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of v, table, shift, weight, bias of (N(v) w + b) act(table) + shift; `add` joins that of v."""
+    """The gradients of v, table, shift, weight, bias of (N(v) w + b) act(table) + shift; `add` joins that of
+    v."""
     source = shift if table is None else table
     order, begins, groups = _sorted_rows(source, index, v)
     rows = v.numel() // max(v.shape[-1], 1)

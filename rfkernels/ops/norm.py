@@ -1,22 +1,24 @@
 """Norm regions: what stands between the linear layers of a transformer block, each in one pass over memory.
 
-Tokens `x` are `[*lead, width]`, float64, float32, float16 or bfloat16; neighbours along the last axis are adjacent, the
-leading axes may have any strides (a slice of a fused buffer needs no copy). Parameters have the dtype of the
-tokens, or are float32 beside 16-bit tokens:
+Tokens `x` are `[*lead, width]`, float64, float32, float16 or bfloat16; neighbours along the last axis are
+adjacent, the leading axes may have any strides (a slice of a fused buffer needs no copy). Parameters have the
+dtype of the tokens, or are float32 beside 16-bit tokens:
 
 - `weight`, `bias`: `[width]`;
-- `scale`, `shift`, `gate`: `[*lead', width]`, where `lead'` are leading axes of `x`, each as long or 1: `[width]` for all,
-  `[batch, width]` per sample, `[batch, frames, 1, width]` per frame, `[batch, tokens, width]` per token; chunks of a larger
-  tensor are fine. With `index`, int64 or int32 with leading axes of `x`, they are `[groups, width]` tables and a token takes
-  the row that its index names: no table is ever expanded to the tokens.
+- `scale`, `shift`, `gate`: `[*lead', width]`, where `lead'` are leading axes of `x`, each as long or 1:
+  `[width]` for all, `[batch, width]` per sample, `[batch, frames, 1, width]` per frame, `[batch, tokens,
+  width]` per token; chunks of a larger tensor are fine. With `index`, int64 or int32 with leading axes of
+  `x`, they are `[groups, width]` tables and a token takes the row that its index names: no table is ever
+  expanded to the tokens.
 
-An index out of range is an error on the CPU; on CUDA the token becomes NaN, and `check_indices(True)` makes it an
-error there too, at the price of a synchronisation.
+An index out of range is an error on the CPU; on CUDA the token becomes NaN, and `check_indices(True)` makes
+it an error there too, at the price of a synchronisation.
 
-`tier` says where 16-bit results are rounded. "fast": everything in float32, one rounding. "exact": where the chain of
-torch ops rounds, so that the bits are eager's; where a mean or a tanh stands before a rounding its last float32 bit may
-differ, and with it one element in thousands by one unit. "exact_before_weight" is exact for an RMSNorm that rounds before it
-multiplies by its weight (diffusers' `RMSNorm`, BFL's); `torch.nn.RMSNorm` is "exact".
+`tier` says where 16-bit results are rounded. "fast": everything in float32, one rounding. "exact": where the
+chain of torch ops rounds, so that the bits are eager's; where a mean or a tanh stands before a rounding its
+last float32 bit may differ, and with it one element in thousands by one unit. "exact_before_weight" is exact
+for an RMSNorm that rounds before it multiplies by its weight (diffusers' `RMSNorm`, BFL's);
+`torch.nn.RMSNorm` is "exact".
 """
 
 from torch import Tensor
@@ -49,7 +51,7 @@ _checks_indices = False
 
 
 def check_indices(on: bool) -> None:
-    """Debugging: `index` arguments on CUDA are checked too, which synchronises with the device at every call."""
+    """Debugging: `index` arguments on CUDA are checked too, which synchronises at every call."""
     global _checks_indices
     _checks_indices = on
 
@@ -79,11 +81,11 @@ def norm_modulate(
     tier: str = "fast",
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Returns :math:`(N(x)\,w + b)(1 + \mathrm{scale}) + \mathrm{shift}`: a norm and its adaptive modulation.
+    r"""Returns :math:`(N(x)\,w + b)(1 + \mathrm{scale}) + \mathrm{shift}`: a norm and its modulation.
 
-    LayerNorm (Ba et al., 2016), :math:`N(x) = (x - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon}`, or RMSNorm (Zhang and
-    Sennrich, 2019), :math:`N(x) = x / \sqrt{\mathrm{mean}(x^2) + \epsilon}`, over the last axis, modulated as in DiT
-    (Peebles and Xie, 2022), with one table row per sample, frame, segment or token.
+    LayerNorm (Ba et al., 2016), :math:`N(x) = (x - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon}`, or
+    RMSNorm (Zhang and Sennrich, 2019), :math:`N(x) = x / \sqrt{\mathrm{mean}(x^2) + \epsilon}`, over the last
+    axis, modulated as in DiT (Peebles and Xie, 2022), with one table row per sample, frame, segment or token.
 
     Args:
         x: tokens, `[*lead, width]`.
@@ -95,9 +97,8 @@ def norm_modulate(
         tier: see the module.
         out: where to write, `x` itself allowed; no gradient then.
 
-    Returns:
-        Tokens in the dtype of `x`. Differentiable in x, scale, shift, weight and bias; the backward pass keeps the inputs
-        and nothing else.
+    Returns: Tokens in the dtype of `x`. Differentiable in x, scale, shift, weight and bias; the backward pass
+        keeps the inputs and nothing else.
 
     Raises:
         ValueError: tensors that do not fit together, an index out of range, an unknown name.
@@ -156,10 +157,10 @@ def gated_residual_norm_modulate(
     tier: str = "fast",
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns `(r, n)` with `r = gated_residual(x, y, gate)` and `n = norm_modulate(r, scale, shift)`, in one pass.
+    """Returns `(r, n)`: `r = gated_residual(x, y, gate)`, `n = norm_modulate(r, scale, shift)`, in one pass.
 
-    To the bit what the two ops give one after the other: the norm reads `r` as it is stored. `index` serves gate,
-    scale and shift. For the other arguments and errors see there; `out` is a pair.
+    To the bit what the two ops give one after the other: the norm reads `r` as it is stored. `index` serves
+    gate, scale and shift. For the other arguments and errors see there; `out` is a pair.
     """
     index = checked_index("gated_residual_norm_modulate", index, gate, scale, shift)
     branch = (gate_activation, branch_norm, branch_weight)
@@ -192,7 +193,8 @@ _gated_residual = define(
 )
 _gated_residual_norm_modulate = define(
     "gated_residual_norm_modulate",
-    f"Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? index, {_BRANCH}, {_PARAMETERS}",
+    f"Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? index, {_BRANCH}, "
+    f"{_PARAMETERS}",
     _C.gated_residual_norm_modulate,
     lambda x, *_: (like(x), like(x)),
     gated_residual_norm_modulate_reference,

@@ -1,18 +1,22 @@
-"""Quantising forms: a region that hands eight-bit codes to the linear layer behind it, in one pass over memory.
+"""Quantising forms: a region that hands eight-bit codes to the linear layer behind it, in one pass over
+memory.
 
-`codes` are int8 or float8_e4m3fn in the shape of the tokens, the value of a code is `codes * scales[..., None]`:
+`codes` are int8 or float8_e4m3fn in the shape of the tokens, the value of a code is `codes * scales[...,
+None]`:
 
 - "int8": per row `scale = amax / 127`, `code = round(x / scale)` in -127 .. 127;
 - "fp8": per row `scale = amax / 448`, or one given `tensor_scale`, beyond which values saturate;
 
-rounded to nearest even (the code is made of `x` times the reciprocal, in float32). A row of zeros has codes 0 and a small
-positive scale. A row with a NaN or an infinity has the scale NaN and codes 0, and with a `tensor_scale` the code NaN
-where one stood: what is made of it is NaN, never a wrong number.
+rounded to nearest even (the code is made of `x` times the reciprocal, in float32). A row of zeros has codes 0
+and a small positive scale. A row with a NaN or an infinity has the scale NaN and codes 0, and with a
+`tensor_scale` the code NaN where one stood: what is made of it is NaN, never a wrong number.
 
-`rotation` G = 16, 64 or 256 multiplies groups of G neighbours by the orthogonal matrix `rotation_matrix(G)` first, which
-spreads outliers over the group (ConvRot; QuaRot, Ashkboos et al., 2024); the weights of the linear layer carry the same.
+`rotation` G = 16, 64 or 256 multiplies groups of G neighbours by the orthogonal matrix `rotation_matrix(G)`
+first, which spreads outliers over the group (ConvRot; QuaRot, Ashkboos et al., 2024); the weights of the
+linear layer carry the same.
 
-Tiers: "fast" quantises the float32 values of the region, "exact" what eager torch would have stored. No gradients.
+Tiers: "fast" quantises the float32 values of the region, "exact" what eager torch would have stored. No
+gradients.
 """
 
 import torch
@@ -48,9 +52,10 @@ def _dtype(format: str) -> torch.dtype:
 
 
 def rotation_matrix(group: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The matrix of a rotation: Kronecker powers of the 4 x 4 Hadamard matrix with equal row sums, over sqrt(group).
+    """The matrix of a rotation: Kronecker powers of the 4 x 4 Hadamard matrix with equal row sums, over
+    sqrt(group).
 
-    Symmetric and its own inverse. `group` is 4, 16, 64, 256, ...
+        Symmetric and its own inverse. `group` is 4, 16, 64, 256, ...
     """
     h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=dtype) / 2
     matrix = torch.ones(1, 1, dtype=dtype)

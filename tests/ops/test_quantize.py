@@ -191,8 +191,11 @@ def test_obeys_torch(format, scaled, device):
     tail = (format, torch.tensor(0.1, device=device) if scaled else None, 16)
     for name, args in (
         ("norm_modulate_quantize", (x, scale, shift, None, None, None, "layer", 1e-6, "fast")),
-        ("gated_residual_norm_modulate_quantize", (x, y, gate, scale, shift, None, "none", "none", None, None, None, "layer", 1e-6, "fast")),
-    ):  # fmt: skip
+        (
+            "gated_residual_norm_modulate_quantize",
+            (x, y, gate, scale, shift, None, "none", "none", *[None] * 3, "layer", 1e-6, "fast"),
+        ),
+    ):
         checks = (
             ("test_schema", "test_faketensor")
             if format == "fp8"
