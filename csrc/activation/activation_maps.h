@@ -52,9 +52,9 @@ template <typename T, typename K> struct GatedActivateBackward {
   static constexpr int kInputs = 3, kParams = 2, kOutputs = 2;
 
   RFK_HD void operator()(const A (&in)[3], const A (&bias)[2], A (&out)[2]) const {
-    const A gate = in[1] + bias[0];
-    out[0] = in[0] * (in[2] + bias[1]) * activate_grad(K(), gate);
-    out[1] = in[0] * activate(K(), gate);
+    const Activated<A> gate = activate_with_grad(K(), in[1] + bias[0]);
+    out[0] = in[0] * (in[2] + bias[1]) * gate.grad;
+    out[1] = in[0] * gate.value;
   }
 };
 

@@ -23,29 +23,41 @@ template <typename A> RFK_HD A activate(Activation kind, A x) {
   switch (kind) {
     case Activation::gelu: return x * normal(x).cdf;
     case Activation::gelu_tanh:
-      return x / (1 + exp_(x * (A(-1.5957691216057308) - A(0.07135481627260025) * (x * x))));
-    case Activation::silu: return x / (1 + exp_(-x));
+      return x / detail::one_plus_exp(x * (A(-1.5957691216057308) - A(0.07135481627260025) * (x * x)));
+    case Activation::silu: return x / detail::one_plus_exp(-x);
     case Activation::relu2: break;
   }
-  x = x < 0 ? A(0) : x;  // NaN stays
+  x = detail::select(x < 0, A(0), x);  // NaN stays
   return x * x;
+}
+
+template <typename A> struct Activated {
+  A value, grad;
+};
+
+// activate(kind, x) and its derivative, which have most of their work in common.
+template <typename A> RFK_HD Activated<A> activate_with_grad(Activation kind, A x) {
+  if (kind == Activation::relu2) {
+    const A positive = detail::select(x < 0, A(0), x);
+    return {positive * positive, 2 * positive};
+  }
+  const A y = detail::clamp(x, A(-800), A(800));  // beyond, terms of a derivative are infinity times 0
+  if (kind == Activation::gelu) {
+    const Normal<A> n = normal(y);
+    return {x * n.cdf, n.cdf + y * n.density};
+  }
+  if (kind == Activation::silu) {
+    const Logistic<A> s = logistic(y);
+    return {x * s.value, s.value + y * s.slope};
+  }
+  const A a = A(1.5957691216057308), b = A(0.07135481627260025), square = y * y;
+  const Logistic<A> s = logistic(y * (a + b * square));
+  return {x * s.value, s.value + y * s.slope * (a + 3 * b * square)};
 }
 
 // d activate(kind, x) / dx
 template <typename A> RFK_HD A activate_grad(Activation kind, A x) {
-  if (kind == Activation::relu2) return x < 0 ? A(0) : 2 * x;
-  x = detail::clamp(x, A(-800), A(800));  // beyond, the derivatives are 0 and 1, but their terms inf times 0
-  if (kind == Activation::gelu) {
-    const Normal<A> n = normal(x);
-    return n.cdf + x * n.density;
-  }
-  if (kind == Activation::silu) {
-    const Logistic<A> s = logistic(x);
-    return s.value + x * s.slope;
-  }
-  const A square = x * x;
-  const Logistic<A> s = logistic(x * (A(1.5957691216057308) + A(0.07135481627260025) * square));
-  return s.value + x * s.slope * (A(1.5957691216057308) + A(0.2140644488178007) * square);
+  return activate_with_grad(kind, x).grad;
 }
 
 // Calls f(Kind<K>()) with the kind of that name.

@@ -33,7 +33,7 @@ def test_all_rooms_go_to_the_file(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert command.main(arguments) == 0
     run = record.load(path)
     assert [(case.room, case.cache) for case in run.cases] == [
-        (room, cache) for room in ("solver", "guidance", "noise") for cache in ("cold", "warm")
+        (room, cache) for room in ("solver", "guidance", "noise", "activation", "embedding") for cache in ("cold", "warm")
     ]
     assert run.commit == {"id": "abc", "dirty": None} and run.device == "cpu" and run.plan["quick"]
     assert run.overhead == {"_C.toy": stats(1e-6)} and run.emoji == toy_run().emoji
