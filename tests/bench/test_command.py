@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
-from bench import emoji, guidance, harness, noise, overhead, record, solver, text
+from bench import emoji, harness, overhead, record, text
 from tests.bench.toy import stats, toy_case, toy_run
+
+KERNEL_ROOMS = command.ROOMS[:-2]  # all but overhead and emoji
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +22,9 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "plan_for", lambda device, quick: plan)
     copy = harness.measure_copy
     monkeypatch.setattr(harness, "measure_copy", lambda device, plan, size: copy(device, plan, 1 << 16))
-    for room in (solver, guidance, noise):
-        case = toy_case(room=room.__name__.split(".")[1])
-        monkeypatch.setattr(room, "cases", lambda device, quick, case=case: [case])
+    for room in KERNEL_ROOMS:
+        case = toy_case(room=room)
+        monkeypatch.setattr(f"bench.{room}.cases", lambda device, quick, case=case: [case])
     monkeypatch.setattr(overhead, "measure", lambda device, quick: {"_C.toy": stats(1e-6)})
     monkeypatch.setattr(emoji, "measure", lambda device, quick: toy_run().emoji)
 
@@ -33,7 +35,7 @@ def test_all_rooms_go_to_the_file(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert command.main(arguments) == 0
     run = record.load(path)
     assert [(case.room, case.cache) for case in run.cases] == [
-        (room, cache) for room in ("solver", "guidance", "noise") for cache in ("cold", "warm")
+        (room, cache) for room in KERNEL_ROOMS for cache in ("cold", "warm")
     ]
     assert run.commit == {"id": "abc", "dirty": None} and run.device == "cpu" and run.plan["quick"]
     assert run.overhead == {"_C.toy": stats(1e-6)} and run.emoji == toy_run().emoji
@@ -53,7 +55,7 @@ def test_a_wrong_side_fails_the_run_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     wrong = toy_case(ours=lambda out, x, y: x - y)
-    monkeypatch.setattr(solver, "cases", lambda device, quick: [wrong, toy_case(op="sum")])
+    monkeypatch.setattr("bench.solver.cases", lambda device, quick: [wrong, toy_case(op="sum")])
     path = tmp_path / "new.json"
     assert command.main(["solver", "--no-compile", "--device", "cpu", "--json", str(path)]) == 1
     run = record.load(path)
@@ -78,7 +80,7 @@ def test_quick_stops_when_its_time_is_spent(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["kitchen"], "rooms are solver, guidance, noise, overhead, emoji; got kitchen"),
+        (["kitchen"], f"rooms are {', '.join(command.ROOMS)}; got kitchen"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
     ],
 )
@@ -93,7 +95,7 @@ def test_missing_kernels_are_one_line_and_2(
     def cases(device: str, quick: bool) -> list:
         raise ImportError("no _C")
 
-    monkeypatch.setattr(solver, "cases", cases)
+    monkeypatch.setattr("bench.solver.cases", cases)
     assert command.main(["solver", "--quick", "--device", "cpu"]) == 2
     assert capsys.readouterr().err.startswith("bench: needs the compiled kernels, run pip install -e . first")
 

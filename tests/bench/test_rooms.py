@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from bench import cases, guidance, harness, noise, overhead, smoke, solver
+from bench import activation, cases, embedding, guidance, harness, noise, overhead, smoke, solver
 
-ROOMS = {"solver": solver, "guidance": guidance, "noise": noise}
+ROOMS = {
+    "activation": activation,
+    "embedding": embedding,
+    "guidance": guidance,
+    "noise": noise,
+    "solver": solver,
+}
 SMALL = 300_000  # elements: what a test may fill
 
 
