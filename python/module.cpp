@@ -32,5 +32,6 @@ PYBIND11_MODULE(_C, m) {
   rfk::python::bind_guidance(m);
   rfk::python::bind_noise(m);
   rfk::python::bind_norm(m);
+  rfk::python::bind_rope(m);
   rfk::python::bind_solver(m);
 }

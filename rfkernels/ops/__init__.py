@@ -7,4 +7,5 @@ from rfkernels.ops.guidance import *
 from rfkernels.ops.noise import *
 from rfkernels.ops.norm import *
 from rfkernels.ops.quantize import *
+from rfkernels.ops.rope import *
 from rfkernels.ops.solver import *

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from bench import activation, cases, embedding, guidance, harness, noise, overhead, smoke, solver
+from bench import activation, cases, embedding, guidance, harness, noise, overhead, rope, smoke, solver
 
 ROOMS = {
     "activation": activation,
     "embedding": embedding,
     "guidance": guidance,
     "noise": noise,
+    "rope": rope,
     "solver": solver,
 }
 SMALL = 300_000  # elements: what a test may fill

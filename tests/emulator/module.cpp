@@ -19,6 +19,7 @@
 #include "noise/noise.h"
 #include "norm/norm.h"
 #include "rooms.h"
+#include "rope/rope.h"
 #include "solver/solver.h"
 
 namespace {
@@ -101,6 +102,8 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "norm_modulate", &norm_modulate);
   def(m, "norm_modulate_quantize", &norm_modulate_quantize);
   def(m, "philox_normal", &philox_normal_cuda);
+  def(m, "qkv_norm_rope", &qkv_norm_rope_cuda);
+  def(m, "qkv_norm_rope_backward", &qkv_norm_rope_backward_cuda);
   def(m, "renoise", &renoise_cuda);
   def(m, "taylor_step", &taylor_step_cuda);
   def(m, "timestep_embedding", &timestep_embedding_cuda);
