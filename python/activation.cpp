@@ -7,8 +7,10 @@ namespace rfk::python {
 void bind_activation(py::module_& m) {
   def(m, "activation", &activation);
   def(m, "activation_backward", &activation_backward);
+  def(m, "activation_quantize", &activation_quantize);
   def(m, "gated_activation", &gated_activation);
   def(m, "gated_activation_backward", &gated_activation_backward);
+  def(m, "gated_activation_quantize", &gated_activation_quantize);
 }
 
 }  // namespace rfk::python

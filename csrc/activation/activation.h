@@ -35,6 +35,21 @@ void gated_activation_backward(Stream stream, const TensorView& out, const Tenso
                                const std::optional<TensorView>& up_bias, const std::string& kind,
                                bool gate_first);
 
+// The two forms as codes of eight bits and their scales (core/quantize.h): codes i8, or u8 for e4m3; scales
+// f32, one a row, or a tensor_scale that is given.
+void activation_quantize(Stream stream, const TensorView& codes, const TensorView& scales,
+                         const TensorView& x, const std::optional<TensorView>& bias, const std::string& kind,
+                         const std::string& tier, const std::optional<TensorView>& tensor_scale,
+                         int64_t rotation);
+void gated_activation_quantize(Stream stream, const TensorView& codes, const TensorView& scales,
+                               const TensorView& x, const std::optional<TensorView>& up,
+                               const std::optional<TensorView>& bias,
+                               const std::optional<TensorView>& up_bias, const std::string& kind,
+                               bool gate_first, const std::string& tier,
+                               const std::optional<TensorView>& tensor_scale, int64_t rotation);
+struct ActivationQuantizeCall;
+void activation_quantize_call_cuda(Stream stream, const ActivationQuantizeCall& call);
+
 // The CUDA half of each op, on tensors that the function above has checked.
 void activation_cuda(Stream stream, const TensorView& out, const TensorView& x,
                      const std::optional<TensorView>& bias, const std::string& kind, const std::string& tier);

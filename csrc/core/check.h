@@ -33,4 +33,8 @@ void check_no_partial_overlap(const char* op, const TensorView& out, const Tenso
 // Two results of a call share no memory.
 void check_apart(const char* op, const TensorView& a, const TensorView& b);
 
+// Where codes and scales of a quantised x go (core/quantize.h).
+void check_codes(const char* op, const TensorView& codes, const std::optional<TensorView>& scales,
+                 const TensorView& x, const std::optional<TensorView>& tensor_scale, int64_t rotation);
+
 }  // namespace rfk

@@ -36,33 +36,18 @@ RFK_HD const A* widen_columns(A* buffer, ColumnParam param, int64_t begin, int64
   return static_cast<const A*>(param.data) + begin;
 }
 
-// Columns begin .. end of the row at `index`, a strip or less. Three loops where T is of 16 bits: GCC makes
-// full-width SIMD of conversions, and of arithmetic, not of both in one. `past_cache`: the results leave by
-// streaming stores where the memory is aligned for them.
+// result_j[i] = column begin + i of the row at `index`, for `count` columns, a strip or less.
 template <typename T, typename Op>
-RFK_SIMD void map_strip(Vectors<T, Op> vectors, RowIndex index, int64_t begin, int64_t end, Op op,
-                        bool past_cache) {
+RFK_HD void compute_strip(const Vectors<T, Op>& vectors, RowIndex index, int64_t begin, int64_t count, Op op,
+                          acc_t<T>* const (&result)[Op::kOutputs]) {
   using A = acc_t<T>;
   constexpr bool kWiden = !std::is_same_v<T, A>;
   alignas(64) A wide_in[kWiden ? Op::kInputs : 1][kVectorStrip], wide_param[Op::kParams][kVectorStrip];
-  alignas(64) A wide_out[kWiden ? Op::kOutputs : 1][kVectorStrip];
-  alignas(64) T buffer[Op::kOutputs][kVectorStrip];
-  const int64_t count = end - begin;
   const A *in[Op::kInputs], *param[Op::kParams];
-  T *out[Op::kOutputs], *to[Op::kOutputs];
-  A* result[Op::kOutputs];
   for (int j = 0; j < Op::kInputs; ++j)
     in[j] = widen(wide_in[kWiden ? j : 0], vectors.in[j].at(index) + begin, count);
   for (int j = 0; j < Op::kParams; ++j)
     param[j] = widen_columns(wide_param[j], vectors.param[j], begin, count);
-  for (int j = 0; j < Op::kOutputs; ++j) {
-    out[j] = vectors.out[j].at(index) + begin;
-    to[j] = past_cache ? buffer[j] : out[j];
-    if constexpr (kWiden)
-      result[j] = wide_out[j];
-    else
-      result[j] = to[j];
-  }
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     A v[Op::kInputs], p[Op::kParams], f[Op::kOutputs];
@@ -71,6 +56,30 @@ RFK_SIMD void map_strip(Vectors<T, Op> vectors, RowIndex index, int64_t begin, i
     op(v, p, f);
     for (int j = 0; j < Op::kOutputs; ++j) result[j][i] = f[j];
   }
+}
+
+// Columns begin .. end of the row at `index`, a strip or less. Three loops where T is of 16 bits: GCC makes
+// full-width SIMD of conversions, and of arithmetic, not of both in one. `past_cache`: the results leave by
+// streaming stores where the memory is aligned for them.
+template <typename T, typename Op>
+RFK_SIMD void map_strip(Vectors<T, Op> vectors, RowIndex index, int64_t begin, int64_t end, Op op,
+                        bool past_cache) {
+  using A = acc_t<T>;
+  constexpr bool kWiden = !std::is_same_v<T, A>;
+  alignas(64) A wide_out[kWiden ? Op::kOutputs : 1][kVectorStrip];
+  alignas(64) T buffer[Op::kOutputs][kVectorStrip];
+  const int64_t count = end - begin;
+  T *out[Op::kOutputs], *to[Op::kOutputs];
+  A* result[Op::kOutputs];
+  for (int j = 0; j < Op::kOutputs; ++j) {
+    out[j] = vectors.out[j].at(index) + begin;
+    to[j] = past_cache ? buffer[j] : out[j];
+    if constexpr (kWiden)
+      result[j] = wide_out[j];
+    else
+      result[j] = to[j];
+  }
+  compute_strip(vectors, index, begin, count, op, result);
   for (int j = 0; j < Op::kOutputs; ++j) {
     if constexpr (kWiden) {
 #pragma omp simd

@@ -108,6 +108,24 @@ void check_apart(const char* op, const TensorView& a, const TensorView& b) {
   check(Extent(a).apart(Extent(b)), op, ": expected results that share no memory, got ", a, " and ", b);
 }
 
+void check_codes(const char* op, const TensorView& codes, const std::optional<TensorView>& scales,
+                 const TensorView& x, const std::optional<TensorView>& tensor_scale, int64_t rotation) {
+  check((codes.dtype == DType::i8 || codes.dtype == DType::u8) && same_shape(codes, x), op,
+        ": codes must be i8 or u8 in the shape of x ", x, ", got ", codes);
+  check(!tensor_scale || (codes.dtype == DType::u8 && tensor_scale->dtype == DType::f32 &&
+                          tensor_scale->numel() == 1 && tensor_scale->device == x.device),
+        op, ": tensor_scale must be one f32 number on the device of x, with e4m3 codes; got ", tensor_scale,
+        " with codes ", codes);
+  TensorView rows = x;
+  rows.ndim = x.ndim - 1;
+  check(tensor_scale || (scales && scales->dtype == DType::f32 && same_shape(*scales, rows)), op,
+        ": scales must be f32, one for each row of x ", x, ", got ", scales);
+  const int64_t g = rotation, width = x.shape[x.ndim - 1];
+  check(g == 0 || ((g == 16 || g == 64 || g == 256) && width % g == 0), op,
+        ": rotation must be 0, 16, 64 or 256 and divide the width, got ", g, " for x ", x);
+  check_no_partial_overlap(op, codes, x);
+}
+
 std::ostream& operator<<(std::ostream& os, const std::optional<TensorView>& t) {
   return t ? os << *t : os << "none";
 }

@@ -25,24 +25,6 @@ void check_results(const AdaNormCall& c) {
   if (c.x_out && c.out) check_apart(c.op, *c.x_out, *c.out);
 }
 
-void check_codes(const AdaNormCall& c) {
-  const TensorView &x = c.x, &codes = *c.codes;
-  check((codes.dtype == DType::i8 || codes.dtype == DType::u8) && same_shape(codes, x), c.op,
-        ": codes must be i8 or u8 in the shape of x ", x, ", got ", codes);
-  const Optional& given = c.tensor_scale;
-  check(!given || (codes.dtype == DType::u8 && given->dtype == DType::f32 && given->numel() == 1 &&
-                   given->device == x.device),
-        c.op, ": tensor_scale must be one f32 number on the device of x, with e4m3 codes; got ", given,
-        " with codes ", codes);
-  TensorView rows = x;
-  rows.ndim = x.ndim - 1;
-  check(c.scales && c.scales->dtype == DType::f32 && (given || same_shape(*c.scales, rows)), c.op,
-        ": scales must be f32, one for each row of x ", x, ", got ", c.scales);
-  const int64_t g = c.rotation, width = x.shape[x.ndim - 1];
-  check(g == 0 || ((g == 16 || g == 64 || g == 256) && width % g == 0), c.op,
-        ": rotation must be 0, 16, 64 or 256 and divide the width, got ", g, " for x ", x);
-}
-
 void check_parameters(const AdaNormCall& c) {
   const int64_t width = c.x.shape[c.x.ndim - 1];
   const DType dtype = parameter_dtype(c);
@@ -79,7 +61,7 @@ void run(Stream stream, const AdaNormCall& c) {
   check(std::isfinite(c.eps) && c.eps >= 0, c.op, ": eps must be finite and not negative, got ", c.eps);
   check_results(c);
   check_parameters(c);
-  if (c.codes) check_codes(c);
+  if (c.codes) check_codes(c.op, *c.codes, c.scales, c.x, c.tensor_scale, c.rotation);
   if (c.index) check_index(c);
   if (c.x.device.type == DeviceType::cpu) return ada_norm_cpu(c);
   if constexpr (kWithCuda) return ada_norm_cuda(stream, c);

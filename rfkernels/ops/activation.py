@@ -72,14 +72,24 @@ def gated_activation(
         tier: "fast" or "exact".
         out: where to write, `[*lead, width]`; with `up` the gate or `up` itself allowed; no gradient then.
     """
-    up_bias = None
-    if up is not None and bias is not None:
-        if not isinstance(bias, (tuple, list)) or len(bias) != 2:
-            raise ValueError("gated_activation: bias must be a tuple (of the gate, of up) where up is given")
-        bias, up_bias = bias
-    elif isinstance(bias, (tuple, list)):
-        raise ValueError("gated_activation: bias must be one tensor [2 width] beside a packed x, got a tuple")
+    bias, up_bias = split_bias("gated_activation", up, bias)
     return _gated_activation(x, up, bias, up_bias, kind, gate_first, tier, out=out)
+
+
+def split_bias(
+    op: str, up: Tensor | None, bias: Tensor | tuple[Tensor | None, Tensor | None] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The biases of a packed x, or of gate and up."""
+    pair = isinstance(bias, (tuple, list))
+    if up is None:
+        if pair:
+            raise ValueError(f"{op}: bias must be one tensor [2 width] beside a packed x, got a tuple")
+        return bias, None
+    if bias is None:
+        return None, None
+    if not pair or len(bias) != 2:
+        raise ValueError(f"{op}: bias must be a tuple (of the gate, of up) where up is given")
+    return tuple(bias)
 
 
 def gelu(x: Tensor, approximate: str = "none", bias: Tensor | None = None) -> Tensor:

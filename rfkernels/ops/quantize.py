@@ -29,9 +29,14 @@ from rfkernels.ops._norm_definitions import (
 )
 from rfkernels.ops._norm_gradients import like
 from rfkernels.ops._register import define
+from rfkernels.ops.activation import activation_reference, gated_activation_reference, split_bias
 from rfkernels.ops.norm import checked_index
 
 __all__ = [
+    "activation_quantize",
+    "activation_quantize_reference",
+    "gated_activation_quantize",
+    "gated_activation_quantize_reference",
     "gated_residual_norm_modulate_quantize",
     "gated_residual_norm_modulate_quantize_reference",
     "norm_modulate_quantize",
@@ -98,6 +103,16 @@ def gated_residual_norm_modulate_quantize_reference(x, y, *args):
     *region, format, tensor_scale, rotation = args
     r, n = gated_residual_norm_modulate_reference(x, y, *region)
     return r, *quantize_reference(n, format, tensor_scale, rotation)
+
+
+def activation_quantize_reference(x, bias, kind, tier, format, tensor_scale, rotation):
+    """The definition of `activation_quantize` in plain torch."""
+    return quantize_reference(activation_reference(x, bias, kind), format, tensor_scale, rotation)
+
+
+def gated_activation_quantize_reference(x, up, bias, up_bias, kind, gate_first, tier, *coding):
+    """The definition of `gated_activation_quantize` in plain torch."""
+    return quantize_reference(gated_activation_reference(x, up, bias, up_bias, kind, gate_first), *coding)
 
 
 def quantize(
@@ -170,6 +185,40 @@ def gated_residual_norm_modulate_quantize(
     return x_out, codes, scales if tensor_scale is None else tensor_scale
 
 
+def activation_quantize(
+    x: Tensor,
+    kind: str,
+    *,
+    bias: Tensor | None = None,
+    tier: str = "fast",
+    format: str = "int8",
+    tensor_scale: Tensor | None = None,
+    rotation: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`quantize` of `activation`: returns codes and scales. Arguments and errors as there."""
+    codes, scales = _activation_quantize(x, bias, kind, tier, format, tensor_scale, rotation)
+    return codes, scales if tensor_scale is None else tensor_scale
+
+
+def gated_activation_quantize(
+    x: Tensor,
+    kind: str,
+    *,
+    up: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+    gate_first: bool = True,
+    tier: str = "fast",
+    format: str = "int8",
+    tensor_scale: Tensor | None = None,
+    rotation: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`quantize` of `gated_activation`: returns codes and scales. Arguments and errors as there."""
+    bias, up_bias = split_bias("gated_activation_quantize", up, bias)
+    region = (x, up, bias, up_bias, kind, gate_first, tier)
+    codes, scales = _gated_activation_quantize(*region, format, tensor_scale, rotation)
+    return codes, scales if tensor_scale is None else tensor_scale
+
+
 # --- registration ---
 
 
@@ -204,4 +253,20 @@ _gated_residual_norm_modulate_quantize = define(
     lambda x, *args: (like(x), *_empty(x, *args[-3:-1])),
     gated_residual_norm_modulate_quantize_reference,
     outputs=("x_out", "codes", "scales"),
+)
+_activation_quantize = define(
+    "activation_quantize",
+    f"Tensor x, Tensor? bias, str kind, str tier, {_CODING}",
+    lambda codes, scales, *args: _C.activation_quantize(_bytes(codes), scales, *args[:-3], *args[-2:]),
+    lambda x, *args: _empty(x, *args[-3:-1]),
+    activation_quantize_reference,
+    outputs=("codes", "scales"),
+)
+_gated_activation_quantize = define(
+    "gated_activation_quantize",
+    f"Tensor x, Tensor? up, Tensor? bias, Tensor? up_bias, str kind, bool gate_first, str tier, {_CODING}",
+    lambda codes, scales, *args: _C.gated_activation_quantize(_bytes(codes), scales, *args[:-3], *args[-2:]),
+    lambda x, up, *args: _empty(x if up is not None else x[..., : x.shape[-1] // 2], *args[-3:-1]),
+    gated_activation_quantize_reference,
+    outputs=("codes", "scales"),
 )

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "activation/activation.h"
+#include "activation/activation_quantize.h"
 #include "block.h"
 #include "core/check.h"
 #include "embedding/embedding.h"
@@ -76,6 +77,25 @@ void def(py::module_& m, const char* name, void (*f)(Stream, const TensorView&, 
         });
 }
 
+void activation_quantize(Stream stream, const TensorView& codes, const TensorView& scales,
+                         const TensorView& x, const std::optional<TensorView>& bias, const std::string& kind,
+                         const std::string& tier, const std::optional<TensorView>& tensor_scale,
+                         int64_t rotation) {
+  activation_quantize_call_cuda(
+      stream, activation_quantize_call(codes, scales, x, bias, kind, tier, tensor_scale, rotation));
+}
+
+void gated_activation_quantize(Stream stream, const TensorView& codes, const TensorView& scales,
+                               const TensorView& x, const std::optional<TensorView>& up,
+                               const std::optional<TensorView>& bias,
+                               const std::optional<TensorView>& up_bias, const std::string& kind,
+                               bool gate_first, const std::string& tier,
+                               const std::optional<TensorView>& tensor_scale, int64_t rotation) {
+  activation_quantize_call_cuda(
+      stream, gated_activation_quantize_call(codes, scales, x, up, bias, up_bias, kind, gate_first, tier,
+                                             tensor_scale, rotation));
+}
+
 }  // namespace
 
 // The CPU halves of the ops that are called whole.
@@ -91,11 +111,13 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "ada_norm_backward", &ada_norm_backward);
   def(m, "affine_step", &affine_step_cuda);
   def(m, "cfg_step", &cfg_step_cuda);
+  def(m, "gated_activation_quantize", &::gated_activation_quantize);
   def(m, "gated_residual", &gated_residual);
   def(m, "gated_residual_norm_modulate", &gated_residual_norm_modulate);
   def(m, "gated_residual_norm_modulate_quantize", &gated_residual_norm_modulate_quantize);
   def(m, "activation", &activation_cuda);
   def(m, "activation_backward", &activation_backward_cuda);
+  def(m, "activation_quantize", &::activation_quantize);
   def(m, "gated_activation", &gated_activation_cuda);
   def(m, "gated_activation_backward", &gated_activation_backward_cuda);
   def(m, "linear_combination", &linear_combination_cuda);

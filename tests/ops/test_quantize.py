@@ -241,3 +241,77 @@ def test_refuses_what_does_not_fit():
             ops.quantize(x, **options)
     with pytest.raises(ValueError, match="rotation_matrix: group must be a power of 4, got 32"):
         ops.rotation_matrix(32)
+
+
+# --- activations ---
+
+
+def activation_codes(device, name, args):
+    """A quantising activation by its schema's arguments."""
+    op = ops.OPS[name]
+    if device != "emulated":
+        return op(*args)
+    codes, scales = op.empty(*args)
+    *region, format, tensor_scale, rotation = args
+    raw = codes.view(torch.int8 if format == "int8" else torch.uint8)
+    getattr(load_emulator(), name)(raw, scales, *region, tensor_scale, rotation)
+    return codes, scales
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [F64, F32, F16, BF16])
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu", "relu2"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_activations_quantise_what_they_compute(format, kind, dtype, device):
+    g = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=F64)
+    for width, rotation in ((320, 64), (77, 0)):
+        x, up = draw(2, 5, 2 * width + 8).to(dtype)[..., : 2 * width], draw(2, 5, width).to(dtype)
+        both, one, other = draw(2 * width).to(dtype), draw(width).to(dtype), draw(width).to(dtype)
+        for name, region in (
+            ("activation_quantize", (x[..., :width], one, kind)),
+            ("gated_activation_quantize", (x, None, both, None, kind, True)),
+            ("gated_activation_quantize", (x, None, both, None, kind, False)),
+            ("gated_activation_quantize", (x[..., :width], up, one, other, kind, True)),
+        ):
+            for tier in ("fast", "exact"):
+                ours = activation_codes(device, name, (*region, tier, format, None, rotation))
+                plain = getattr(ops, name.removesuffix("_quantize") + "_reference")
+                if tier == "exact":
+                    wide = plain(*region).double()
+                else:
+                    wide = plain(*(t.double() if isinstance(t, torch.Tensor) else t for t in region))
+                assert_codes(ours, ops.quantize_reference(wide, format, None, rotation), 0.01)
+
+
+@every_kernel
+def test_the_two_back_ends_of_activations_take_a_tensor_scale(device):
+    x, scale = torch.randn(3, 64), torch.tensor(0.01)
+    codes, _ = activation_codes(device, "activation_quantize", (x, None, "silu", "fast", "fp8", scale, 0))
+    expected, _ = ops.quantize_reference(torch.nn.functional.silu(x.double()), "fp8", scale)
+    assert_codes((codes, scale), (expected, scale))
+
+
+def test_activations_refuse_what_does_not_fit():
+    x = torch.randn(2, 48)
+    with pytest.raises(ValueError, match="kind must be gelu, gelu_tanh, silu or relu2, got relu"):
+        ops.activation_quantize(x, "relu")
+    with pytest.raises(ValueError, match="rotation must be 0, 16, 64 or 256 and divide the width, got 16"):
+        ops.gated_activation_quantize(x, "silu", rotation=16)
+    with pytest.raises(ValueError, match="must hold two halves"):
+        ops.gated_activation_quantize(torch.randn(2, 3), "silu")
+    with pytest.raises(ValueError, match="bias must be a tuple"):
+        ops.gated_activation_quantize(x, "silu", up=x, bias=torch.zeros(48))
+    codes, scales = ops.gated_activation_quantize(x, "silu", up=x, bias=(None, torch.zeros(48)))
+    assert codes.shape == x.shape and scales.shape == (2,)
+
+
+@every_device
+@pytest.mark.parametrize("format", FORMATS)
+def test_activations_obey_torch(format, device):
+    x = torch.randn(3, 32, device=device)
+    checks = ("test_schema", "test_faketensor")
+    args = (x, None, "silu", "fast", format, None, 16)
+    torch.library.opcheck(ops.OPS["activation_quantize"].functional, args, test_utils=checks)
+    args = (x, None, None, None, "silu", True, "fast", format, None, 16)
+    torch.library.opcheck(ops.OPS["gated_activation_quantize"].functional, args, test_utils=checks)
