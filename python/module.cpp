@@ -27,6 +27,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The kernels of rfkernels. Call them through rfkernels.ops.";
   m.def("build_info", &build_info, "What the library was built for and what this CPU offers.");
   m.def("use_exchange_api", &rfk::python::use_exchange_api, "Off: read every tensor through __dlpack__.");
+  rfk::python::bind_activation(m);
+  rfk::python::bind_embedding(m);
   rfk::python::bind_guidance(m);
   rfk::python::bind_noise(m);
   rfk::python::bind_solver(m);

@@ -12,7 +12,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_readme_lists_every_op():
     listed = re.findall(r"^\| \[`(\w+)`\]\((csrc/\w+)\)", README.read_text(), re.M)
-    assert {name for name, _ in listed} == set(ops.OPS)
+    assert {name for name, _ in listed} == {op for op in ops.OPS if not op.endswith("_backward")}
     assert all((README.parent / room / "README.md").exists() for _, room in listed)
 
 

@@ -63,8 +63,14 @@ void check_dense(const char* op, const TensorView& first, std::initializer_list<
 
 void check_no_partial_overlap(const char* op, const TensorView& out, const TensorView& input) {
   const auto begin = [](const TensorView& t) { return static_cast<const char*>(t.data); };
-  const auto end = [&](const TensorView& t) { return begin(t) + t.numel() * size_of(t.dtype); };
-  const bool same = out.data == input.data && out.dtype == input.dtype && same_shape(out, input);
+  const auto end = [&](const TensorView& t) {
+    int64_t last = 0;
+    for (int d = 0; d < t.ndim; ++d) last += (t.shape[d] - 1) * t.stride[d];
+    return begin(t) + (t.numel() ? last + 1 : 0) * size_of(t.dtype);
+  };
+  const bool same = out.data == input.data && same_type(out, input) &&
+                    (std::equal(out.stride, out.stride + out.ndim, input.stride) ||
+                     (out.is_contiguous() && input.is_contiguous()));
   check(same || end(out) <= begin(input) || end(input) <= begin(out), op,
         ": out must be one of the inputs or share no memory with them, got out ", out, " across ", input);
 }

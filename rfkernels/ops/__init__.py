@@ -1,6 +1,8 @@
 """The ops: one module per family of kernels, each op beside its definition in plain torch."""
 
 from rfkernels.ops._register import OPS as OPS
+from rfkernels.ops.activation import *
+from rfkernels.ops.embedding import *
 from rfkernels.ops.guidance import *
 from rfkernels.ops.noise import *
 from rfkernels.ops.solver import *

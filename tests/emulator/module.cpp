@@ -9,10 +9,13 @@
 #include <sstream>
 #include <vector>
 
+#include "activation/activation.h"
 #include "block.h"
+#include "embedding/embedding.h"
 #include "guidance/guidance.h"
 #include "kernels/collectives.h"
 #include "kernels/faults.h"
+#include "kernels/math.h"
 #include "kernels/ptx.h"
 #include "memory.h"
 #include "noise/noise.h"
@@ -102,14 +105,20 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   bind_traffic(m);
   m.def("set_seed", &emulator::set_seed, "The order in which blocks and warps run from now on.");
 
+  def(m, "activation", &activation_cuda);
+  def(m, "activation_backward", &activation_backward_cuda);
   def(m, "affine_step", &affine_step_cuda);
   def(m, "cfg_step", &cfg_step_cuda);
+  def(m, "gated_activation", &gated_activation_cuda);
+  def(m, "gated_activation_backward", &gated_activation_backward_cuda);
   def(m, "linear_combination", &linear_combination_cuda);
   def(m, "philox_normal", &philox_normal_cuda);
   def(m, "renoise", &renoise_cuda);
   def(m, "taylor_step", &taylor_step_cuda);
+  def(m, "timestep_embedding", &timestep_embedding_cuda);
 
   py::module_ test = m.def_submodule("test", "Kernels that test the emulator.");
+  def(test, "activation_grad", &rfk::test::activation_grad);
   def(test, "atomic_sum", &rfk::test::atomic_sum);
   def(test, "block_sum", &rfk::test::block_sum);
   def(test, "collective", &rfk::test::collective);
@@ -117,6 +126,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(test, "copy_through_async", &rfk::test::copy_through_async);
   def(test, "double_vectors", &rfk::test::double_vectors);
   def(test, "index", &rfk::test::index);
+  def(test, "math", &rfk::test::math);
   def(test, "produce_and_consume", &rfk::test::produce_and_consume);
   def(test, "ptx_byte_permute", &rfk::test::ptx_byte_permute);
   def(test, "ptx_cp_async", &rfk::test::ptx_cp_async);
