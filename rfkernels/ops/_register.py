@@ -50,6 +50,7 @@ def define(
     backward: Callable[..., tuple] | None = None,
     saves: Callable[..., Sequence] = lambda out, *args: args,
     outputs: Sequence[str] = ("out",),
+    strided_grads: bool = False,
 ) -> Op:
     """Registers an op for the CPU and CUDA.
 
@@ -64,6 +65,7 @@ def define(
             was not used.
         saves: what `backward` gets, from the result and the arguments; by default all arguments.
         outputs: the names of the results.
+        strided_grads: `backward` takes gradients as autograd has them; else they are contiguous.
     """
 
     def functional(*args):
@@ -91,7 +93,8 @@ def define(
         def run_backward(ctx, *grads):
             tensors = iter(ctx.saved_tensors)
             saved = [next(tensors) if other is None else other[0] for other in ctx.others]
-            grads = tuple(None if g is None else g.contiguous() for g in grads)
+            if not strided_grads:
+                grads = tuple(None if g is None else g.contiguous() for g in grads)
             return backward(grads if len(grads) > 1 else grads[0], ctx.needs_input_grad, *saved)
 
         torch.library.register_autograd(

@@ -20,6 +20,7 @@
 #include "memory.h"
 #include "noise/noise.h"
 #include "rooms.h"
+#include "rope/rope.h"
 #include "solver/solver.h"
 
 namespace {
@@ -113,6 +114,8 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "gated_activation_backward", &gated_activation_backward_cuda);
   def(m, "linear_combination", &linear_combination_cuda);
   def(m, "philox_normal", &philox_normal_cuda);
+  def(m, "qkv_norm_rope", &qkv_norm_rope_cuda);
+  def(m, "qkv_norm_rope_backward", &qkv_norm_rope_backward_cuda);
   def(m, "renoise", &renoise_cuda);
   def(m, "taylor_step", &taylor_step_cuda);
   def(m, "timestep_embedding", &timestep_embedding_cuda);
