@@ -40,11 +40,12 @@ template <typename A> RFK_HD A activate_grad(Activation kind, A x) {
     return n.cdf + x * n.density;
   }
   if (kind == Activation::silu) {
-    const A s = sigmoid(x);
-    return s + x * s * (1 - s);
+    const Logistic<A> s = logistic(x);
+    return s.value + x * s.slope;
   }
-  const A square = x * x, s = sigmoid(x * (A(1.5957691216057308) + A(0.07135481627260025) * square));
-  return s + x * s * (1 - s) * (A(1.5957691216057308) + A(0.2140644488178007) * square);
+  const A square = x * x;
+  const Logistic<A> s = logistic(x * (A(1.5957691216057308) + A(0.07135481627260025) * square));
+  return s.value + x * s.slope * (A(1.5957691216057308) + A(0.2140644488178007) * square);
 }
 
 // Calls f(Kind<K>()) with the kind of that name.

@@ -61,6 +61,16 @@ RFK_HD double tanh_(double x) { return std::tanh(x); }
 // 1 / (1 + e^-x)
 template <typename A> RFK_HD A sigmoid(A x) { return 1 / (1 + exp_(-x)); }
 
+// The sigmoid and its derivative, each to a few units of its own value.
+template <typename A> struct Logistic {
+  A value, slope;
+};
+
+template <typename A> RFK_HD Logistic<A> logistic(A x) {
+  const A e = exp_(x < 0 ? x : -x), r = 1 / (1 + e);
+  return {x < 0 ? e * r : r, e * r * r};
+}
+
 // The standard normal distribution: P(X <= x), and its density.
 template <typename A> struct Normal {
   A cdf, density;

@@ -128,9 +128,7 @@ def patchify(x: Tensor, patch: int | Sequence[int], order: str = "cp") -> Tensor
     return cut.reshape(x.shape[0], math.prod(grid), x.shape[1] * math.prod(patch))
 
 
-def unpatchify(
-    tokens: Tensor, size: Sequence[int], patch: int | Sequence[int], order: str = "cp"
-) -> Tensor:
+def unpatchify(tokens: Tensor, size: Sequence[int], patch: int | Sequence[int], order: str = "cp") -> Tensor:
     """Puts tokens together to an image or a video, the inverse of `patchify`: one copy, by torch.
 
     Args:

@@ -70,7 +70,9 @@ def test_tanh_keeps_the_sign_of_zero(emulated):
 
 @pytest.mark.parametrize("name", ["sine", "cosine"])
 def test_angles_are_reduced_without_loss(emulated, name):
-    x = torch.cat([torch.linspace(-30, 30, 40_001), torch.linspace(-1e6, 1e6, 40_001), torch.arange(0.0, 1001.0)])
+    x = torch.cat(
+        [torch.linspace(-30, 30, 40_001), torch.linspace(-1e6, 1e6, 40_001), torch.arange(0.0, 1001.0)]
+    )
     expected = getattr(torch, name[:3])(x.double())
     assert (apply(emulated, name, x) - expected).abs().max() < 1.2e-7
     assert apply(emulated, name, torch.tensor([INF, -INF, NAN])).isnan().all()
