@@ -29,7 +29,8 @@ class Case:
     """One op on one shape: ours, the formula in plain torch, and the bytes of minimal passes.
 
     Every side takes the same large tensors, `inputs()`. Small coefficients are closed over; the peers get
-    theirs already shaped and cast, so that they are charged with arithmetic alone.
+    theirs already shaped and cast, so that they are charged with arithmetic alone. A tuple of results stands
+    for their stack.
     """
 
     room: str

@@ -237,7 +237,7 @@ def _compiled(case: Case) -> dict[str, Form]:
     """torch.compile of the formula, with static shapes; it compiles at the first call."""
 
     def into(out: Tensor, *inputs: Tensor) -> Tensor:
-        return out.copy_(case.formula(*inputs))  # becomes one loop that writes to out
+        return out.copy_(_whole(case.formula(*inputs)))  # becomes one loop that writes to out
 
     torch._dynamo.reset()
     new = torch.compile(case.formula, dynamic=False, fullgraph=True)
@@ -246,6 +246,10 @@ def _compiled(case: Case) -> dict[str, Form]:
         out = torch.compile(into, dynamic=False, fullgraph=True)
         forms["compile.out"] = lambda s: out(s.out, *s.inputs)
     return forms
+
+
+def _whole(results: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return results if isinstance(results, Tensor) else torch.stack(results)
 
 
 def _call_slot(form: Form, slots: list[Slot], count: int, turn: int) -> None:
@@ -258,7 +262,7 @@ def _check(case: Case, forms: dict[str, Form], slot: Slot) -> None:
     def result(name: str) -> Tensor:
         slot.out.fill_(float("nan"))
         value = forms[name](slot)
-        value = slot.out if name.endswith(".out") else value
+        value = slot.out if name.endswith(".out") else _whole(value)
         flat = value.view(-1)
         return torch.cat([flat[: 1 << 16], flat[-(1 << 16) :]]).double()
 

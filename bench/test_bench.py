@@ -15,12 +15,12 @@ import torch
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("rfkernels._C", reason="needs the compiled kernels: pip install .")
 
-from bench import guidance, harness, noise, solver
+from bench import guidance, harness, noise, rope, solver
 from bench.cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAN = harness.plan_for(DEVICE, quick=True)
-CASES = [case for room in (solver, guidance, noise) for case in room.cases(DEVICE)]
+CASES = [case for room in (solver, guidance, noise, rope) for case in room.cases(DEVICE)]
 SIDES = ("ours.out", "ours.new", "eager.out", "eager.new", "compile.out", "compile.new")
 
 

@@ -25,7 +25,7 @@ struct Lane {
 
   __device__ __forceinline__ Lane(int d, int lanes)
       : first(int(threadIdx.x) % lanes * kPack),
-        count(std::clamp(d - first, 0, kPack)),
+        count(first >= d ? 0 : first + kPack > d ? d - first : kPack),
         lanes(lanes),
         group(int(threadIdx.x) / lanes),
         groups(kThreads / lanes) {}

@@ -25,7 +25,7 @@ struct Heads {
 struct HeadPart {
   Heads x, y, dx;                // y: the result, in the backward its gradient (null: zeros)
   const void* weight = nullptr;  // [d]; null: no norm
-  void* dweight = nullptr;       // backward: [d] of split 0, see HeadPlan
+  void* dweight = nullptr;       // backward: [d] of split 0, see HeadPlan; null for values
   int64_t length = 0;            // tokens of a sample
   int64_t row = 0, rows = 0;     // token l takes row `row + l` of the rotation if that is in 0 .. rows - 1
   int64_t first_block = 0;       // CUDA: where the blocks of this part begin

@@ -29,7 +29,7 @@ template <typename A> RFK_HD void norm_vector_backward(A* g, A* x, const A* w, A
   }
 }
 
-// Tokens begin .. end - 1 of a part; d_weight [d]: their sum of dw, null where there is no weight.
+// Tokens begin .. end - 1 of a part; d_weight [d]: their sum of dw, null for values.
 template <typename T, typename M>
 RFK_SIMD void rope_tokens_backward(const HeadPlan& plan, const HeadPart& part, int64_t begin, int64_t end,
                                    acc_t<T>* d_weight) {
@@ -38,7 +38,8 @@ RFK_SIMD void rope_tokens_backward(const HeadPlan& plan, const HeadPart& part, i
   Vector<A> x, dy, g, w, sum;
   Row<A> row;
   const int d = plan.d;
-  if (d_weight) load_vector(w.v, static_cast<const M*>(part.weight), d);
+  const M* weight = static_cast<const M*>(part.weight);
+  if (weight) load_vector(w.v, weight, d);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t b = t / part.length, l = t % part.length;
     const A* angles = part.y.data ? plan.row<A>(part, b, l) : nullptr;
@@ -50,14 +51,14 @@ RFK_SIMD void rope_tokens_backward(const HeadPlan& plan, const HeadPart& part, i
         continue;
       }
       const T* from = part.y.at<T>(b, l, h);
-      if (!d_weight && !angles) {
+      if (!weight && !angles) {
         std::memcpy(to, from, d * sizeof(T));
         continue;
       }
       A* const gradient = angles ? g.v : dy.v;
       load_vector(dy.v, from, d);
       if (angles) rotate_vector(g.v, dy.v, row, d);
-      if (d_weight) {
+      if (weight) {
         load_vector(x.v, part.x.at<T>(b, l, h), d);
         norm_vector_backward(gradient, x.v, w.v, sum.v, d, A(plan.eps));
       }

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) qkv_norm_rope_backward_kernel(HeadPl
     }
     store_pack<kPacked>(part.dx.at<T>(at.b, at.l, at.h) + lane.first, result, lane.count);
   }
-  if (norm)
+  if (part.dweight)
     write_d_weight(static_cast<A*>(part.dweight) + blockIdx.x * plan.split_stride, d_weight, lane, plan.d);
 }
 

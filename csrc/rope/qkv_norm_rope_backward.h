@@ -32,7 +32,7 @@ inline HeadPlan plan_qkv_norm_rope_backward(const TensorView& d_tokens, const Te
     HeadPart& part = plan.part[which];
     const int64_t first = which == 0 ? 0 : a.heads + (which - 1) * a.kv_heads;
     part.dx = input_heads(d_tokens, first, plan.d);
-    if (part.weight)
+    if (which < 2)
       part.dweight = static_cast<char*>(d_weights.data) + which * plan.d * size_of(d_weights.dtype);
     if (!*grads[which]) continue;
     const TensorView& grad = **grads[which];

@@ -30,7 +30,7 @@ void qkv_norm_rope(Stream stream, const TensorView& q, const TensorView& k, cons
 
 // The gradient of one stream, whose tokens begin at `start` of the joint sequence: d_tokens
 // [batch, tokens, (heads + 2 kv_heads) d] of q, k and v side by side; d_weights [splits, 2, d] in the
-// accumulator's dtype, whose sum over the splits is that of the weights (undefined where there is none).
+// accumulator's dtype, whose sum over the splits is that of the weights (zero where there is none).
 // dq, dk, dv: gradients of the joint results; an absent one is zero.
 void qkv_norm_rope_backward(Stream stream, const TensorView& d_tokens, const TensorView& d_weights,
                             const std::optional<TensorView>& dq, const std::optional<TensorView>& dk,

@@ -28,9 +28,9 @@ def rotary_table(
     r"""Returns (cos, sin) of the angles of every token, `[*lead, tokens, d/2, 2]`.
 
     d is the sum of `axes_dims`. Axis a, of dimension :math:`d_a`, has the angles
-    :math:`\mathrm{id}_a\,\theta^{-2j/d_a}`, :math:`j = 0 \dots d_a/2 - 1`; the axes lie side by side (RoFormer,
-    arXiv:2104.09864). Frequencies and angles are float64, rounded to `dtype` at the end: build it once per
-    shape.
+    :math:`\mathrm{id}_a\,\theta^{-2j/d_a}`, :math:`j = 0 \dots d_a/2 - 1`; the axes lie side by side
+    (RoFormer, arXiv:2104.09864). Frequencies and angles are float64, rounded to `dtype` at the end: build
+    it once per shape.
 
     Args:
         ids: positions, `[tokens, axes]` or `[batch, tokens, axes]`, of any real dtype.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
-from bench import emoji, guidance, harness, noise, overhead, record, solver, text
+from bench import emoji, guidance, harness, noise, overhead, record, rope, solver, text
 from tests.bench.toy import stats, toy_case, toy_run
 
 
@@ -20,7 +20,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "plan_for", lambda device, quick: plan)
     copy = harness.measure_copy
     monkeypatch.setattr(harness, "measure_copy", lambda device, plan, size: copy(device, plan, 1 << 16))
-    for room in (solver, guidance, noise):
+    for room in (solver, guidance, noise, rope):
         case = toy_case(room=room.__name__.split(".")[1])
         monkeypatch.setattr(room, "cases", lambda device, quick, case=case: [case])
     monkeypatch.setattr(overhead, "measure", lambda device, quick: {"_C.toy": stats(1e-6)})
@@ -33,7 +33,7 @@ def test_all_rooms_go_to_the_file(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert command.main(arguments) == 0
     run = record.load(path)
     assert [(case.room, case.cache) for case in run.cases] == [
-        (room, cache) for room in ("solver", "guidance", "noise") for cache in ("cold", "warm")
+        (room, cache) for room in ("solver", "guidance", "noise", "rope") for cache in ("cold", "warm")
     ]
     assert run.commit == {"id": "abc", "dirty": None} and run.device == "cpu" and run.plan["quick"]
     assert run.overhead == {"_C.toy": stats(1e-6)} and run.emoji == toy_run().emoji
@@ -78,7 +78,7 @@ def test_quick_stops_when_its_time_is_spent(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["kitchen"], "rooms are solver, guidance, noise, overhead, emoji; got kitchen"),
+        (["kitchen"], "rooms are solver, guidance, noise, rope, overhead, emoji; got kitchen"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
     ],
 )

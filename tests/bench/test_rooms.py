@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench import cases, guidance, harness, noise, overhead, smoke, solver
+from bench import cases, guidance, harness, noise, overhead, rope, smoke, solver
 
-ROOMS = {"solver": solver, "guidance": guidance, "noise": noise}
+ROOMS = {"solver": solver, "guidance": guidance, "noise": noise, "rope": rope}
 SMALL = 300_000  # elements: what a test may fill
 
 
