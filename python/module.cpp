@@ -29,5 +29,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_exchange_api", &rfk::python::use_exchange_api, "Off: read every tensor through __dlpack__.");
   rfk::python::bind_guidance(m);
   rfk::python::bind_noise(m);
+  rfk::python::bind_norm(m);
   rfk::python::bind_solver(m);
 }

@@ -51,6 +51,7 @@ void def(py::module_& m, const char* name, void (*f)(Stream, const TensorView&, 
 // One function per room of csrc/, defined in the file of the same name.
 void bind_guidance(py::module_& m);
 void bind_noise(py::module_& m);
+void bind_norm(py::module_& m);
 void bind_solver(py::module_& m);
 
 }  // namespace rfk::python

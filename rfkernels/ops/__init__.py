@@ -3,4 +3,5 @@
 from rfkernels.ops._register import OPS as OPS
 from rfkernels.ops.guidance import *
 from rfkernels.ops.noise import *
+from rfkernels.ops.norm import *
 from rfkernels.ops.solver import *

@@ -89,6 +89,8 @@ def define(
             ctx.set_materialize_grads(False)
 
         def run_backward(ctx, *grads):
+            if all(g is None for g in grads):
+                return (None,) * len(ctx.needs_input_grad)
             tensors = iter(ctx.saved_tensors)
             saved = [next(tensors) if other is None else other[0] for other in ctx.others]
             grads = tuple(None if g is None else g.contiguous() for g in grads)
