@@ -31,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   rfk::python::bind_embedding(m);
   rfk::python::bind_guidance(m);
   rfk::python::bind_noise(m);
+  rfk::python::bind_norm(m);
   rfk::python::bind_rope(m);
   rfk::python::bind_solver(m);
 }

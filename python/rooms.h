@@ -53,6 +53,7 @@ void bind_activation(py::module_& m);
 void bind_embedding(py::module_& m);
 void bind_guidance(py::module_& m);
 void bind_noise(py::module_& m);
+void bind_norm(py::module_& m);
 void bind_rope(py::module_& m);
 void bind_solver(py::module_& m);
 

@@ -30,4 +30,7 @@ void check_dense(const char* op, const TensorView& first, std::initializer_list<
 // An elementwise kernel may write over one of its inputs, but not across the edge of one.
 void check_no_partial_overlap(const char* op, const TensorView& out, const TensorView& input);
 
+// Two results of a call share no memory.
+void check_apart(const char* op, const TensorView& a, const TensorView& b);
+
 }  // namespace rfk

@@ -7,7 +7,7 @@
 namespace rfk {
 namespace {
 
-constexpr int kMaxArgs = 8;
+constexpr int kMaxArgs = 12;
 
 // The leading `ndim` axes of x, and for each tensor that is read along them its strides.
 struct Walk {

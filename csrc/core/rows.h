@@ -58,6 +58,12 @@ template <typename T> struct RowVectors {
     for (int a = 0; a < kRowAxes; ++a) at += r.i[a] * stride[a];
     return data + at;
   }
+  // Every row begins at a multiple of `bytes`.
+  bool aligned(int64_t bytes) const {
+    int64_t rest = int64_t(reinterpret_cast<uintptr_t>(data)) % bytes;
+    for (int a = 0; a < kRowAxes; ++a) rest |= stride[a] * int64_t(sizeof(T)) % bytes;
+    return rest == 0;
+  }
 };
 
 struct RowArg {

@@ -1,6 +1,7 @@
 #include "core/tensor.h"
 
 #include <algorithm>
+#include <numeric>
 #include <ostream>
 
 #include "core/check.h"
@@ -61,18 +62,54 @@ void check_dense(const char* op, const TensorView& first, std::initializer_list<
   }
 }
 
-void check_no_partial_overlap(const char* op, const TensorView& out, const TensorView& input) {
-  const auto begin = [](const TensorView& t) { return static_cast<const char*>(t.data); };
-  const auto end = [&](const TensorView& t) {
+namespace {
+
+struct Extent {
+  const char *begin, *end;
+  int64_t width;     // bytes of neighbours along the last axis
+  int64_t step = 0;  // the bytes between two runs of neighbours are a multiple of it
+
+  explicit Extent(const TensorView& t) : begin(static_cast<const char*>(t.data)), end(begin), width(0) {
+    if (t.numel() == 0) return;
+    const int64_t size = size_of(t.dtype);
     int64_t last = 0;
-    for (int d = 0; d < t.ndim; ++d) last += (t.shape[d] - 1) * t.stride[d];
-    return begin(t) + (t.numel() ? last + 1 : 0) * size_of(t.dtype);
-  };
-  const bool same = out.data == input.data && same_type(out, input) &&
-                    (std::equal(out.stride, out.stride + out.ndim, input.stride) ||
-                     (out.is_contiguous() && input.is_contiguous()));
-  check(same || end(out) <= begin(input) || end(input) <= begin(out), op,
+    for (int i = 0; i < t.ndim; ++i) last += (t.shape[i] - 1) * t.stride[i] * size;
+    end += last + size;
+    const bool runs = t.ndim > 0 && t.stride[t.ndim - 1] == 1;
+    width = runs ? t.shape[t.ndim - 1] * size : size;
+    for (int i = 0; i < t.ndim - runs; ++i)
+      if (t.shape[i] > 1) step = std::gcd(step, t.stride[i] * size);
+  }
+
+  // They share no byte: one ends before the other, or they are columns of one table.
+  bool apart(const Extent& other) const {
+    if (end <= other.begin || other.end <= begin) return true;
+    const int64_t common = std::gcd(step, other.step);
+    if (common == 0) return false;
+    const int64_t ahead = ((other.begin - begin) % common + common) % common;
+    return ahead >= width && ahead + other.width <= common;
+  }
+};
+
+bool same_elements(const TensorView& a, const TensorView& b) {
+  bool same = a.data == b.data && same_type(a, b);
+  for (int i = 0; same && i < a.ndim; ++i) same = a.shape[i] == 1 || a.stride[i] == b.stride[i];
+  return same;
+}
+
+}  // namespace
+
+void check_no_partial_overlap(const char* op, const TensorView& out, const TensorView& input) {
+  check(same_elements(out, input) || Extent(out).apart(Extent(input)), op,
         ": out must be one of the inputs or share no memory with them, got out ", out, " across ", input);
+}
+
+void check_apart(const char* op, const TensorView& a, const TensorView& b) {
+  check(Extent(a).apart(Extent(b)), op, ": expected results that share no memory, got ", a, " and ", b);
+}
+
+std::ostream& operator<<(std::ostream& os, const std::optional<TensorView>& t) {
+  return t ? os << *t : os << "none";
 }
 
 }  // namespace rfk

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <iosfwd>
+#include <optional>
 
 #include "core/dtype.h"
 
@@ -41,6 +42,7 @@ struct TensorView {
 bool same_shape(const TensorView& a, const TensorView& b);
 bool same_type(const TensorView& a, const TensorView& b);  // dtype and shape agree
 
-std::ostream& operator<<(std::ostream&, const TensorView&);  // "bf16[2, 4096] cuda:0"
+std::ostream& operator<<(std::ostream&, const TensorView&);                 // "bf16[2, 4096] cuda:0"
+std::ostream& operator<<(std::ostream&, const std::optional<TensorView>&);  // or "none"
 
 }  // namespace rfk

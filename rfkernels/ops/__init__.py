@@ -5,5 +5,6 @@ from rfkernels.ops.activation import *
 from rfkernels.ops.embedding import *
 from rfkernels.ops.guidance import *
 from rfkernels.ops.noise import *
+from rfkernels.ops.norm import *
 from rfkernels.ops.rope import *
 from rfkernels.ops.solver import *

@@ -11,6 +11,7 @@
 
 #include "activation/activation.h"
 #include "block.h"
+#include "core/check.h"
 #include "embedding/embedding.h"
 #include "guidance/guidance.h"
 #include "kernels/collectives.h"
@@ -19,6 +20,7 @@
 #include "kernels/ptx.h"
 #include "memory.h"
 #include "noise/noise.h"
+#include "norm/norm.h"
 #include "rooms.h"
 #include "rope/rope.h"
 #include "solver/solver.h"
@@ -59,6 +61,20 @@ class Tensors {
 
 std::vector<emulator::Traffic> last_traffic;
 
+// The same argument as a tensor of a CUDA device: an op that is called whole takes its CUDA half.
+TensorView on_device(TensorView t) {
+  t.device.type = DeviceType::cuda;
+  return t;
+}
+std::optional<TensorView> on_device(const std::optional<TensorView>& t) {
+  return t ? std::optional(on_device(*t)) : t;
+}
+std::vector<TensorView> on_device(std::vector<TensorView> list) {
+  for (TensorView& t : list) t = on_device(t);
+  return list;
+}
+template <typename T> const T& on_device(const T& v) { return v; }
+
 template <typename... Args>
 void def(py::module_& m, const char* name, void (*f)(Stream, const TensorView&, Args...)) {
   m.def(name,
@@ -69,7 +85,7 @@ void def(py::module_& m, const char* name, void (*f)(Stream, const TensorView&, 
           last_traffic.clear();
           {
             py::gil_scoped_release release;
-            f(nullptr, out.view, python::Passed<std::decay_t<Args>>::unwrap(args)...);
+            f(nullptr, on_device(out.view), on_device(python::Passed<std::decay_t<Args>>::unwrap(args))...);
           }
           last_traffic = tensors.traffic();
         });
@@ -102,17 +118,30 @@ void bind_traffic(py::module_& m) {
 
 }  // namespace
 
+// The CPU halves of the ops that are called whole.
+void rfk::ada_norm_cpu(const AdaNormCall&) { rfk::fail("the emulator has CUDA kernels alone"); }
+
+void rfk::ada_norm_backward_cpu(const AdaNormBackwardCall&) {
+  rfk::fail("the emulator has CUDA kernels alone");
+}
+
 PYBIND11_MODULE(rfkernels_emulated, m) {
   bind_traffic(m);
   m.def("set_seed", &emulator::set_seed, "The order in which blocks and warps run from now on.");
 
   def(m, "activation", &activation_cuda);
   def(m, "activation_backward", &activation_backward_cuda);
+  def(m, "ada_norm_backward", &ada_norm_backward);
   def(m, "affine_step", &affine_step_cuda);
   def(m, "cfg_step", &cfg_step_cuda);
   def(m, "gated_activation", &gated_activation_cuda);
   def(m, "gated_activation_backward", &gated_activation_backward_cuda);
+  def(m, "gated_residual", &gated_residual);
+  def(m, "gated_residual_norm_modulate", &gated_residual_norm_modulate);
+  def(m, "gated_residual_norm_modulate_quantize", &gated_residual_norm_modulate_quantize);
   def(m, "linear_combination", &linear_combination_cuda);
+  def(m, "norm_modulate", &norm_modulate);
+  def(m, "norm_modulate_quantize", &norm_modulate_quantize);
   def(m, "philox_normal", &philox_normal_cuda);
   def(m, "qkv_norm_rope", &qkv_norm_rope_cuda);
   def(m, "qkv_norm_rope_backward", &qkv_norm_rope_backward_cuda);

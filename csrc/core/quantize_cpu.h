@@ -1,0 +1,80 @@
+#pragma once
+
+#include "core/quantize.h"
+#include "core/stream_store.h"
+
+namespace rfk {
+
+// out[c] = f(c) for c < n, past the cache where the whole result is large (core/stream_store.h).
+template <typename T, typename F> RFK_HD void write_row(T* out, int64_t n, bool past_cache, F f) {
+  if (!past_cache) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) out[c] = f(c);
+    return;
+  }
+  constexpr int64_t kStrip = 256;
+  alignas(64) T buffer[kStrip];
+  for (int64_t strip = 0; strip < n; strip += kStrip) {
+    const int64_t size = std::min(kStrip, n - strip);
+#pragma omp simd
+    for (int64_t c = 0; c < size; ++c) buffer[c] = f(strip + c);
+    stream_store(out + strip, buffer, size * sizeof(T));
+  }
+}
+
+// A result of `bytes` whose rows may be written past the cache.
+template <typename T> bool streams(const RowVectors<T>& out, int axes, int64_t rows, int64_t cols) {
+  bool aligned = cols * sizeof(T) % 16 == 0;
+  for (int a = 0; a < axes; ++a) aligned &= out.stride[a] * sizeof(T) % 16 == 0;
+  return aligned && out.data && should_stream(out.data, rows * cols * sizeof(T));
+}
+
+// v H in place, in groups of `rotation`: for each base-4 digit of the position H4 / 2, which is half the sum
+// of the four minus the one with both bits flipped.
+template <typename A> RFK_HD void rotate_row(A* v, int64_t n, int rotation) {
+  for (int64_t stride = 1; stride < rotation; stride *= 4)
+    for (int64_t base = 0; base < n; base += 4 * stride)
+#pragma omp simd
+      for (int64_t i = base; i < base + stride; ++i) {
+        const A a = v[i], b = v[i + stride], c = v[i + 2 * stride], d = v[i + 3 * stride];
+        const A half = ((a + b) + (c + d)) * A(0.5);
+        v[i] = half - d;
+        v[i + stride] = half - c;
+        v[i + 2 * stride] = half - b;
+        v[i + 3 * stride] = half - a;
+      }
+}
+
+template <Codes kFormat, typename A>
+RFK_HD void encode_row(uint8_t* codes, const A* v, int64_t n, float inverse, bool past_cache) {
+  write_row(codes, n, past_cache,
+            [=](int64_t c) __attribute__((always_inline)) { return encode(float(v[c]) * inverse, kFormat); });
+}
+
+// Encodes the row v[n], which it may overwrite; `scale` is null where the tensor has one.
+template <typename A>
+RFK_HD void quantize_row(const QuantizedRows& q, uint8_t* codes, float* scale, A* v, int64_t n,
+                         bool past_cache) {
+  if (q.rotation) rotate_row(v, n, q.rotation);
+  RowScale s{1, 1};
+  if (q.tensor_scale) {
+    s.inverse = 1 / *q.tensor_scale;
+  } else {
+    uint32_t amax = 0;
+#pragma omp simd reduction(max : amax)
+    for (int64_t c = 0; c < n; ++c) {
+      const uint32_t m = magnitude_bits(float(v[c]));
+      amax = m > amax ? m : amax;
+    }
+    s = row_scale(amax, q.format);
+    *scale = s.scale;
+  }
+  if (!s.finite())
+    write_row(codes, n, past_cache, [](int64_t) __attribute__((always_inline)) { return uint8_t(0); });
+  else if (q.format == Codes::int8)
+    encode_row<Codes::int8>(codes, v, n, s.inverse, past_cache);
+  else
+    encode_row<Codes::e4m3>(codes, v, n, s.inverse, past_cache);
+}
+
+}  // namespace rfk

@@ -1,0 +1,588 @@
+"""Norm, modulation and gated residual: against their definition, eager torch, each other."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rfkernels import ops
+from tests.emulator.build import load as load_emulator
+from tests.ops.cases import BF16, F16, F32, F64, KERNELS, every_device, every_kernel, widen
+
+# tokens, parameters
+DTYPES = [(F64, F64), (F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)]
+TOLERANCE = {F64: 1e-12, F32: 1e-5, F16: 4e-3, BF16: 3e-2}  # of values of order one to ten
+NORMS = ["layer", "rms", "none"]
+DEFAULTS = {
+    "norm_modulate": dict(scale=None, shift=None, index=None, weight=None, bias=None, norm="layer", eps=1e-6, tier="fast"),
+    "gated_residual": dict(
+        gate=None, index=None, gate_activation="none", branch_norm="none", branch_weight=None, eps=1e-6, tier="fast"
+    ),
+    "gated_residual_norm_modulate": dict(
+        gate=None, scale=None, shift=None, index=None, gate_activation="none", branch_norm="none",
+        branch_weight=None, weight=None, bias=None, norm="layer", eps=1e-6, tier="fast",
+    ),
+}  # fmt: skip
+RESULTS = {"norm_modulate": 1, "gated_residual": 1, "gated_residual_norm_modulate": 2}
+every_op = pytest.mark.parametrize("name", DEFAULTS)
+
+
+def run(name, device, tokens, **options):
+    """The op on its tokens (x, or x and y); "emulated": its CUDA kernel on the CPU."""
+    if device != "emulated":
+        return getattr(ops, name)(*tokens, **options)
+    out = tuple(torch.full(tokens[0].shape, torch.nan, dtype=tokens[0].dtype) for _ in range(RESULTS[name]))
+    getattr(load_emulator(), name)(*out, *tokens, *(DEFAULTS[name] | options).values())
+    return out if len(out) > 1 else out[0]
+
+
+def reference(name, tokens, **options):
+    return getattr(ops, f"{name}_reference")(*widen(tokens), **{k: _wide(v) for k, v in options.items()})
+
+
+def _wide(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+class Inputs:
+    def __init__(self, shape, tokens, parameters, device, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.shape, self.types, self.device = (
+            shape,
+            (tokens, parameters),
+            "cpu" if device == "emulated" else device,
+        )
+
+    def draw(self, shape, dtype):
+        return torch.randn(shape, generator=self.generator, dtype=F64).to(self.device, dtype)
+
+    def tokens(self, name):
+        return tuple(self.draw(self.shape, self.types[0]) for _ in range(1 if name == "norm_modulate" else 2))
+
+    def table(self, lead):
+        return self.draw((*lead, self.shape[-1]), self.types[1])
+
+    def options(self, name, lead=(), norm="layer", affine=True, tier="fast", **other):
+        made = {"tier": tier, **other}
+        if name != "gated_residual":
+            made |= dict(scale=self.table(lead), shift=self.table(lead), norm=norm)
+            made |= dict(weight=self.table(()), bias=self.table(())) if affine else {}
+        if name != "norm_modulate":
+            made |= dict(gate=self.table(lead), branch_norm="rms" if norm == "rms" else "none")
+            made |= dict(gate_activation="tanh", branch_weight=self.table(())) if affine else {}
+        return made
+
+
+def assert_close(ours, expected, dtype, tolerance=None):
+    tolerance = tolerance or TOLERANCE[dtype]
+    for result, wanted in zip(as_tuple(ours), as_tuple(expected), strict=True):
+        assert result.dtype == dtype and result.shape == wanted.shape
+        torch.testing.assert_close(result.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+# one token; no token; less than a pack; a ragged tail; several packs a thread; wider than a warp's; video
+SHAPES = [(1, 8), (0, 16), (2, 3, 5), (3, 4, 77), (2, 5, 1536), (1, 3, 4104), (2, 2, 3, 40)]
+
+
+@every_kernel
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@every_op
+def test_matches_definition(name, shape, dtypes, device):
+    for norm, affine in itertools.product(NORMS, [False, True]):
+        inputs = Inputs(shape, *dtypes, device)
+        tokens, options = inputs.tokens(name), inputs.options(name, shape[:1], norm, affine)
+        assert_close(run(name, device, tokens, **options), reference(name, tokens, **options), dtypes[0])
+
+
+# for all; per sample; per frame; per token; the frames of all samples alike
+LEADS = [(), (2,), (1,), (2, 3), (2, 3, 4), (1, 3), (2, 1, 4)]
+
+
+@every_kernel
+@pytest.mark.parametrize("lead", LEADS, ids=str)
+@every_op
+def test_reads_tables_of_every_shape(name, lead, device):
+    inputs = Inputs((2, 3, 4, 24), F64, F64, device)
+    tokens, options = inputs.tokens(name), inputs.options(name, lead)
+    expected = reference(name, tokens, **options)
+    assert_close(run(name, device, tokens, **options), expected, F64)
+    # chunks of one projection: rows with a stride
+    names = [n for n in ("scale", "shift", "gate") if n in options]
+    joint = torch.cat([options[n] for n in names], -1)
+    chunks = dict(zip(names, joint.chunk(len(names), -1), strict=True))
+    assert_close(run(name, device, tokens, **options | chunks), expected, F64)
+
+
+@every_kernel
+@pytest.mark.parametrize("index", ["per token", "per sample", "frames", "int32"])
+@every_op
+def test_an_index_selects_the_rows(name, index, device):
+    inputs = Inputs((2, 3, 4, 24), F64, F64, device)
+    lead, groups = {"per sample": (2,), "frames": (1, 3)}.get(index, (2, 3, 4)), 5
+    rows = torch.randint(groups, lead, generator=inputs.generator).to(inputs.device)
+    tokens, options = inputs.tokens(name), inputs.options(name, (groups,))
+    expected = reference(name, tokens, index=rows, **options)
+    given = rows.int() if index == "int32" else rows
+    assert_close(run(name, device, tokens, index=given, **options), expected, F64)
+
+
+@every_kernel
+@every_op
+def test_reads_and_writes_slices(name, device):
+    inputs = Inputs((2, 9, 3 * 24), F32, F32, device)
+    tokens = tuple(t[:, 2:7, 24:48] for t in inputs.tokens(name))
+    inputs.shape = (2, 5, 24)
+    options = inputs.options(name, (2,))
+    expected = reference(name, tokens, **options)
+    assert_close(run(name, device, tokens, **options), expected, F32)
+    if device == "emulated":
+        return
+    room = torch.full((2, 9, 72), torch.nan, device=inputs.device)
+    slots = tuple(room[:, 1:6, 24 * i : 24 * i + 24] for i in range(RESULTS[name]))
+    with torch.no_grad():
+        run(name, device, tokens, **options, out=slots if len(slots) > 1 else slots[0])
+    assert_close(slots if len(slots) > 1 else slots[0], expected, F32)
+    assert room.isnan().sum() == room.numel() - len(slots) * 2 * 5 * 24
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@every_op
+def test_fast_rounds_once(name, dtype, device):
+    inputs = Inputs((2, 50, 1024), dtype, F32, device)
+    tokens, options = inputs.tokens(name), inputs.options(name, (2,))
+    wide = run(name, device, tuple(t.float() for t in tokens), **options)
+    narrow = run(name, device, tokens, **options)
+    if name == "gated_residual_norm_modulate":  # the norm reads the residual as it is stored
+        options = {k: options[k] for k in ("scale", "shift", "weight", "bias", "norm")}
+        wide = (wide[0], run("norm_modulate", device, (narrow[0].float(),), **options))
+    for result, expected in zip(as_tuple(narrow), as_tuple(wide), strict=True):
+        assert torch.equal(result, expected.to(dtype))
+
+
+@every_kernel
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("tier", ["fast", "exact", "exact_before_weight"])
+def test_fused_is_to_the_bit_one_after_the_other(dtypes, tier, device):
+    inputs = Inputs((2, 7, 136), *dtypes, device)
+    x, y = inputs.tokens("gated_residual")
+    gate, scale, shift = (inputs.table((2,)) for _ in range(3))
+    branch = dict(
+        gate=gate, branch_norm="rms", branch_weight=inputs.table(()), gate_activation="tanh", tier=tier
+    )
+    modulation = dict(scale=scale, shift=shift, norm="layer", tier=tier)
+    fused = run("gated_residual_norm_modulate", device, (x, y), **branch | modulation)
+    r = run("gated_residual", device, (x, y), **branch)
+    assert torch.equal(fused[0], r)
+    assert torch.equal(fused[1], run("norm_modulate", device, (r,), **modulation))
+
+
+def eager(kind, x, y, scale, shift, gate, weight):
+    """As models write it, in the dtype of the tokens."""
+    from diffusers.models.normalization import RMSNorm
+
+    def rms(v):
+        return F.rms_norm(v, v.shape[-1:], weight, 1e-6)
+
+    def rms_before(v):
+        module = RMSNorm(v.shape[-1], 1e-6).to(v.dtype)
+        module.weight.data = weight
+        return module(v)
+
+    match kind:
+        case "modulate":
+            return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+        case "rms":
+            return rms(x) * (1 + scale[:, None])
+        case "rms before weight":
+            return rms_before(x) * (1 + scale[:, None])
+        case "residual":
+            return x + gate[:, None] * y
+        case "sandwich":
+            return x + gate[:, None].tanh() * rms_before(y)
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("kind", ["modulate", "rms", "rms before weight", "residual", "sandwich"])
+def test_exact_has_the_bits_of_eager_torch(kind, dtype, device):
+    inputs = Inputs((2, 200, 512), dtype, dtype, device)
+    (x, y), weight = inputs.tokens("gated_residual"), inputs.table(())
+    scale, shift, gate = (inputs.table((2,)) for _ in range(3))
+    expected = eager(kind, x, y, scale, shift, gate, weight)
+    tier = "exact_before_weight" if kind in ("rms before weight", "sandwich") else "exact"
+    if kind in ("residual", "sandwich"):
+        options = dict(gate=gate)
+        if kind == "sandwich":
+            options |= dict(gate_activation="tanh", branch_norm="rms", branch_weight=weight)
+        ours = run("gated_residual", device, (x, y), tier=tier, **options)
+    else:
+        options = (
+            dict(scale=scale, shift=shift)
+            if kind == "modulate"
+            else dict(scale=scale, weight=weight, norm="rms")
+        )
+        ours = run("norm_modulate", device, (x,), tier=tier, **options)
+    # The last float32 bit of a mean is free: where it stands before a rounding, one in thousands may differ.
+    share = (ours != expected).double().mean().item()
+    assert share <= (0 if kind == "residual" else 1e-3), share
+    fast = run("gated_residual", device, (x, y), **options) if kind in ("residual", "sandwich") else None
+    if fast is not None and kind == "sandwich":
+        assert (fast != expected).double().mean() > 0.01  # the tiers are two
+
+
+@every_kernel
+@every_op
+def test_nan_and_infinity_stay_in_their_row(name, device):
+    inputs = Inputs((1, 4, 40), F32, F32, device)
+    tokens, options = inputs.tokens(name), inputs.options(name, (), "layer", False)
+    tokens[0][0, 1, 3], tokens[0][0, 2, 7] = torch.nan, torch.inf
+    for result in as_tuple(run(name, device, tokens, **options)):
+        assert result[0, [0, 3]].isfinite().all() and not result[0, 1].isfinite().all()
+        assert not result[0, 2].isfinite().all()
+    last = as_tuple(run(name, device, tokens, **options))[-1]
+    if name != "gated_residual":
+        assert last[0, [1, 2]].isnan().all()
+
+
+@every_kernel
+def test_a_constant_row_normalises_to_zero(device):
+    x = torch.full((2, 3, 100), 1e4)
+    assert run("norm_modulate", device, (x,)).abs().max() == 0
+    zero = torch.zeros(1, 8, 16)
+    for norm in NORMS:
+        assert run("norm_modulate", device, (zero,), norm=norm).abs().max() == 0
+
+
+@every_kernel
+def test_large_means_do_not_cancel(device):
+    x = torch.randn(4, 3072, dtype=F64) + 1000
+    expected = F.layer_norm(x.float().double(), (3072,), eps=1e-6)
+    ours = run("norm_modulate", device, (x.float(),))
+    assert (ours.double() - expected).abs().max() < 4e-4  # a mean of 1000 is known to 6e-5
+
+
+def test_cuda_makes_nan_of_an_index_out_of_range():
+    x, scale = torch.randn(3, 16), torch.randn(2, 16)
+    index = torch.tensor([0, 2, -1])
+    for name, tokens, table in (("norm_modulate", (x,), "scale"), ("gated_residual", (x, x), "gate")):
+        result = run(name, "emulated", tokens, index=index, **{table: scale})
+        assert result[0].isfinite().all() and result[1:].isnan().all()
+
+
+@every_op
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_matches_definition_fuzzed(name, data):
+    lead = tuple(data.draw(st.lists(st.integers(1, 5), min_size=0, max_size=3)))
+    width = data.draw(st.sampled_from([1, 2, 7, 8, 31, 64, 255, 256, 300, 2056]))
+    depth = data.draw(st.integers(0, len(lead)))
+    table = tuple(data.draw(st.sampled_from([1, n])) for n in lead[:depth])
+    dtypes, device = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(KERNELS))
+    norm, tier = data.draw(st.sampled_from(NORMS)), data.draw(st.sampled_from(["fast", "exact"]))
+    inputs = Inputs((*lead, width), *dtypes, device, seed=data.draw(st.integers(0, 99)))
+    tokens, options = inputs.tokens(name), inputs.options(name, table, norm, data.draw(st.booleans()), tier)
+    step = data.draw(st.integers(1, 3))
+    if lead and step > 1:  # rows with gaps
+        tokens = tuple(torch.cat([t] * step, -1)[..., :width] for t in tokens)
+    tolerance = TOLERANCE[dtypes[0]] * (1 if tier == "fast" else 4) * (1 if width > 8 else 20)
+    assert_close(
+        run(name, device, tokens, **options), reference(name, tokens, **options), dtypes[0], tolerance
+    )
+
+
+def _refusals():
+    x, y, row = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.randn(16)
+    f64, index = row.double(), torch.zeros(2, 5, dtype=torch.int64)
+    yield (
+        "norm_modulate",
+        (x,),
+        dict(scale=f64),
+        "parameters of the dtype of x, or f32 beside f16 or bf16, got f64",
+    )
+    yield (
+        "norm_modulate",
+        (x,),
+        dict(scale=row, shift=row.bfloat16()),
+        "shift must be f32 with a last axis of 16",
+    )
+    yield (
+        "norm_modulate",
+        (x.bfloat16(),),
+        dict(scale=row, weight=row.bfloat16()),
+        "weight must be f32\\[16\\]",
+    )
+    yield (
+        "norm_modulate",
+        (x,),
+        dict(scale=torch.randn(3, 16)),
+        "scale must lie on the device of x, its axes before",
+    )
+    yield "norm_modulate", (x,), dict(scale=torch.randn(2, 8)), "scale must be f32 with a last axis of 16"
+    yield (
+        "norm_modulate",
+        (x,),
+        dict(weight=torch.randn(8)),
+        "weight must be f32\\[16\\] on the device of x, got f32\\[8\\]",
+    )
+    yield "norm_modulate", (x,), dict(weight=torch.randn(32)[::2]), "weight must be f32\\[16\\]"
+    yield (
+        "norm_modulate",
+        (x.transpose(1, 2),),
+        {},
+        "x must have no gaps along its last axis, got f32\\[2, 16, 5\\]",
+    )
+    yield "norm_modulate", (x.to(torch.complex64),), {}, "expected float64"
+    yield "norm_modulate", (x.int(),), {}, "expected a floating dtype, got i32"
+    yield "norm_modulate", (x,), dict(norm="batch"), "norm must be 'layer', 'rms' or 'none', got 'batch'"
+    yield (
+        "norm_modulate",
+        (x,),
+        dict(tier="best"),
+        "tier must be 'fast', 'exact' or 'exact_before_weight', got 'best'",
+    )
+    yield "norm_modulate", (x,), dict(eps=-1.0), "eps must be finite and not negative, got -1"
+    yield "norm_modulate", (x,), dict(eps=float("nan")), "eps must be finite"
+    yield "norm_modulate", (x,), dict(index=index), "index needs a scale, a shift or a gate"
+    yield "norm_modulate", (x,), dict(index=index.float(), scale=x[0]), "index must be i64 or i32"
+    yield "norm_modulate", (x,), dict(index=index, scale=row), "scale must be \\[groups, 16\\]"
+    yield (
+        "norm_modulate",
+        (x,),
+        dict(index=index[:, :3], scale=x[0]),
+        "index must lie on the device of x, its axes the",
+    )
+    yield "norm_modulate", (x,), dict(index=index + 5, scale=x[0]), "index must be in 0..4, got 5 for token 0"
+    yield "norm_modulate", (x,), dict(index=index - 1, scale=x[0]), "index must be in 0..4, got -1"
+    yield "norm_modulate", (x,), dict(index=index, scale=x[0], shift=x[0, :3]), "tables of as many rows"
+    yield "gated_residual", (x, y[:, :4]), {}, "y must be like x f32\\[2, 5, 16\\] cpu, got f32\\[2, 4, 16\\]"
+    yield "gated_residual", (x, y.bfloat16()), {}, "y must be like x"
+    yield "gated_residual", (x, y), dict(gate_activation="relu"), "gate_activation must be 'none' or 'tanh'"
+    yield "gated_residual", (x, y), dict(branch_norm="batch"), "branch_norm must be"
+    yield "norm_modulate", (x,), dict(out=torch.zeros(2, 5, 8)), "out must be like x"
+    yield "norm_modulate", (torch.tensor(1.0),), {}, "expected x \\[\\*lead, width\\]"
+    both = torch.zeros(2, 5, 16)
+    yield "gated_residual_norm_modulate", (x, y), dict(out=(both, both)), "results that share no memory"
+    joint = torch.zeros(2 * 5 * 16 + 8)
+    shifted = joint[8:].view(2, 5, 16)
+    yield (
+        "norm_modulate",
+        (joint[:-8].view(2, 5, 16),),
+        dict(out=shifted),
+        "out must be one of the inputs or share no",
+    )
+
+
+@pytest.mark.parametrize("name, tokens, options, message", list(_refusals()))
+def test_refuses_what_does_not_fit(name, tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(name, "cpu", tokens, **options)
+
+
+@every_device
+@every_op
+def test_writes_in_place(name, device):
+    inputs = Inputs((2, 33, 512), BF16, BF16, device)
+    tokens, options = inputs.tokens(name), inputs.options(name, (2,))
+    expected = as_tuple(run(name, device, tokens, **options))
+    other = torch.empty_like(tokens[0])
+    out = tokens[0] if len(expected) == 1 else (tokens[0], other)
+    run(name, device, tokens, **options, out=out)
+    for result, wanted in zip(as_tuple(out), expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+@every_device
+@every_op
+def test_large_results_are_written_past_the_cache(name, device):
+    inputs = Inputs((1, 700, 2056), F32, F32, device)  # 5.7 MB
+    tokens, options = inputs.tokens(name), inputs.options(name)
+    assert_close(run(name, device, tokens, **options), reference(name, tokens, **options), F32, 5e-5)
+
+
+def test_offsets_pass_2_31_elements():
+    rows, gap = 3, 2**30 + 8  # the third row begins beyond 2^31 elements
+    memory = torch.empty(2 * gap + 64, dtype=torch.bfloat16)  # touched in three places alone
+    x = memory.as_strided((rows, 64), (gap, 1))
+    x.copy_(torch.randn(rows, 64))
+    for device in ("cpu", "emulated"):
+        assert torch.equal(
+            run("norm_modulate", device, (x,)), run("norm_modulate", device, (x.contiguous(),))
+        )
+
+
+# --- gradients and torch ---
+
+
+def _leaves(tokens, options):
+    """Every tensor of a call that may have a gradient, as leaves of their own."""
+    tokens = tuple(t.detach().clone().requires_grad_() for t in tokens)
+    options = {
+        k: v.detach().clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in options.items()
+    }
+    return (
+        tokens,
+        options,
+        [*tokens, *(v for v in options.values() if isinstance(v, torch.Tensor) and v.requires_grad)],
+    )
+
+
+def _gradients(f, inputs, seed=3):
+    results = as_tuple(f())
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(r.shape, generator=generator, dtype=F64).to(r.device, r.dtype) for r in results]
+    return torch.autograd.grad(results, inputs, upstream)
+
+
+@every_device
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("lead", [*LEADS, "index"], ids=str)
+@every_op
+def test_gradients_match_the_definition(name, lead, norm, affine, device):
+    inputs = Inputs((2, 3, 4, 24), F64, F64, device)
+    index = torch.randint(5, (2, 3, 4), generator=inputs.generator).to(device) if lead == "index" else None
+    options = inputs.options(name, (5,) if lead == "index" else lead, norm, affine)
+    tokens, options, leaves = _leaves(inputs.tokens(name), options)
+    ours = _gradients(lambda: getattr(ops, name)(*tokens, index=index, **options), leaves)
+    theirs = _gradients(lambda: getattr(ops, f"{name}_reference")(*tokens, index=index, **options), leaves)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@every_device
+@every_op
+def test_gradcheck(name, device):
+    inputs = Inputs((2, 3, 6), F64, F64, device)
+    tokens, options, leaves = _leaves(inputs.tokens(name), inputs.options(name, (2,), "rms"))
+    names = [k for k, v in options.items() if isinstance(v, torch.Tensor)]
+
+    def f(*values):
+        given = dict(zip(names, values[len(tokens) :], strict=True))
+        return getattr(ops, name)(*values[: len(tokens)], **options | given)
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+@every_device
+def test_gradients_of_tables_of_two_shapes(device):
+    inputs = Inputs((2, 3, 4, 24), F64, F64, device)
+    options = dict(scale=inputs.table((2,)), shift=inputs.table((2, 1, 4)))
+    tokens, options, leaves = _leaves(inputs.tokens("norm_modulate"), options)
+    ours = _gradients(lambda: ops.norm_modulate(*tokens, **options), leaves)
+    theirs = _gradients(lambda: ops.norm_modulate_reference(*tokens, **options), leaves)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@every_device
+@pytest.mark.parametrize("used", [0, 1])
+def test_gradients_of_one_result(used, device):
+    inputs = Inputs((2, 5, 24), F64, F64, device)
+    name = "gated_residual_norm_modulate"
+    tokens, options, leaves = _leaves(inputs.tokens(name), inputs.options(name, (2,)))
+    of = lambda op: torch.autograd.grad(op(*tokens, **options)[used].pow(2).sum(), leaves, allow_unused=True)
+    ours, theirs = of(ops.gated_residual_norm_modulate), of(ops.gated_residual_norm_modulate_reference)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(
+            0 if mine is None else mine, 0 if wanted is None else wanted, rtol=1e-9, atol=1e-9
+        )
+
+
+@every_device
+@pytest.mark.parametrize("dtypes", DTYPES[2:], ids=str)
+@every_op
+def test_gradients_keep_dtypes_and_round_once(name, dtypes, device):
+    inputs = Inputs((2, 40, 256), *dtypes, device)
+    tokens, options, leaves = _leaves(inputs.tokens(name), inputs.options(name, (2,), affine=False))
+    ours = _gradients(lambda: getattr(ops, name)(*tokens, **options), leaves)
+    wide_tokens, wide_options, wide_leaves = _leaves(widen(tokens), {k: _wide(v) for k, v in options.items()})
+    theirs = _gradients(lambda: getattr(ops, f"{name}_reference")(*wide_tokens, **wide_options), wide_leaves)
+    for leaf, mine, wanted in zip(leaves, ours, theirs, strict=True):
+        assert mine.dtype == leaf.dtype
+        error = (mine.double() - wanted).norm() / wanted.norm()
+        assert error <= (6e-3 if dtypes[0] == BF16 else 1e-3), error
+
+
+@every_device
+@every_op
+def test_backward_keeps_the_inputs_alone(name, device):
+    inputs = Inputs((2, 40, 256), F32, F32, device)
+    tokens, options, leaves = _leaves(inputs.tokens(name), inputs.options(name, (2,)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        results = as_tuple(getattr(ops, name)(*tokens, **options))
+    allowed = {t.data_ptr() for t in [*leaves, results[0]]}
+    assert kept and {t.data_ptr() for t in kept} <= allowed
+
+
+@pytest.mark.parametrize("wants_sums", [True, False])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_cuda_backward_gives_what_the_cpu_gives(norm, dtypes, wants_sums):
+    kernel = ops.OPS["ada_norm_backward"]
+    for shape, act in [((2, 6, 40), "one_plus"), ((4, 5, 77), "tanh"), ((1, 3, 1032), "plain")]:
+        inputs = Inputs(shape, *dtypes, "cpu")
+        dy, v, add = (inputs.draw(shape, dtypes[0]) for _ in range(3))
+        table, weight, rows = inputs.table((3,)), inputs.table(()), shape[0] * shape[1]
+        ids = torch.randint(3, shape[:2], generator=inputs.generator)
+        sorted_ids, order = ids.reshape(-1).sort(stable=True)
+        begins = torch.searchsorted(sorted_ids, torch.arange(4))
+        args = (dy, v, add, weight, table, ids, order, begins, 3, 2, wants_sums, norm, act, 1e-6)
+        expected = kernel(*args)
+        wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        ours = tuple(torch.full_like(t, torch.nan) for t in kernel.empty(*args))
+        load_emulator().ada_norm_backward(*ours, *args)
+        for mine, cpu, exact in zip(ours, expected, kernel.reference(*wide), strict=True):
+            tolerance = TOLERANCE[dtypes[0]] if mine.dtype == dtypes[0] else 1e-4
+            torch.testing.assert_close(mine.double(), exact, rtol=tolerance, atol=tolerance * 4)
+            torch.testing.assert_close(cpu.double(), exact, rtol=tolerance, atol=tolerance * 4)
+        assert rows == len(order)
+
+
+@every_device
+@pytest.mark.parametrize("index", [False, True])
+@every_op
+def test_obeys_torch(name, index, device):
+    inputs = Inputs((2, 3, 8), F64, F64, device)
+    tokens, options, _ = _leaves(inputs.tokens(name), inputs.options(name, (3,) if index else (2,), "rms"))
+    if index:
+        options["index"] = torch.tensor([[0, 2, 1], [1, 1, 0]], device=device)
+    args = (*tokens, *(DEFAULTS[name] | options).values())
+    op = ops.OPS[name]
+    torch.library.opcheck(op.functional, args)
+    detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+    outs = as_tuple(op.empty(*detached))
+    torch.library.opcheck(op.out_variant, (*outs, *detached))
+
+
+@every_device
+@every_op
+def test_compiles_without_graph_breaks(name, device):
+    inputs = Inputs((2, 3, 8), F32, F32, device)
+    tokens, options, leaves = _leaves(inputs.tokens(name), inputs.options(name, (2,)))
+    torch._dynamo.reset()
+    op = lambda: [r * 2 for r in as_tuple(getattr(ops, name)(*tokens, **options))]
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(), op(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(
+        _gradients(lambda: tuple(compiled()), leaves), _gradients(lambda: tuple(op()), leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@every_op
+def test_refuses_a_gradient_through_out(name):
+    inputs = Inputs((2, 3, 8), F32, F32, "cpu")
+    tokens, options, _ = _leaves(inputs.tokens(name), inputs.options(name, (2,)))
+    out = tuple(torch.zeros(2, 3, 8) for _ in range(RESULTS[name]))
+    with pytest.raises(RuntimeError, match="out= has no gradient"):
+        getattr(ops, name)(*tokens, **options, out=out if len(out) > 1 else out[0])
