@@ -125,7 +125,8 @@ def _affine_backward(
         else max(1, min(rows // groups, tasks))
     )
     layout = (order, begins, groups, splits, wants_sums)
-    dv, sums = _ada_norm_backward(dy, v, add, weight, table, index, *layout, norm, act, eps)
+    row_of = None if table is None else index  # which may serve other tables of the call, or the shift alone
+    dv, sums = _ada_norm_backward(dy, v, add, weight, table, row_of, *layout, norm, act, eps)
     if not wants_sums:
         return dv, None, None, None, None
     p, q = sums.sum(0).unbind(1)  # [groups, width]: sums of dy N(v), of dy

@@ -272,7 +272,7 @@ void run(const Launch& launch) {
   const std::lock_guard lock(one_at_a_time);
   check_limits(launch);
   self.grid_dim = launch.grid, self.block_dim = launch.block;
-  const Allowed parameters(launch.arg, launch.arg_bytes, "the kernel's parameters");
+  const Allowed parameters(launch.arg, launch.arg_bytes, {}, "the kernel's parameters");
   std::vector<uint64_t> blocks(uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z);
   std::iota(blocks.begin(), blocks.end(), 0);
   std::shuffle(blocks.begin(), blocks.end(), order);

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
 FLAGS += ["-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas"]
 UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
-CHECKED = [*UNDEFINED, "-fsanitize=thread"]
+CHECKED = [*UNDEFINED, "-fsanitize=thread", "-fno-tree-sra"]  # SRA would split a 16-byte access into elements
 CHECKED += ["-x", "c++", "-include", str(HERE / "cuda.h")]
 
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "block.h"
@@ -36,11 +37,7 @@ struct Shared {
   size_t statics_used = 0;
 } shared;
 
-struct Named {
-  Range range;
-  std::string name;
-};
-std::vector<Named> allowed;
+std::vector<Allowed*> allowed;
 Range constants;
 std::string module_path;
 uintptr_t module_base;
@@ -146,31 +143,64 @@ bool check_shared(const void* address, size_t bytes, Access access, const void* 
 std::string describe(const char* a, size_t bytes) {
   std::string text = std::to_string(bytes) + " bytes outside of every tensor of the call";
   ptrdiff_t nearest = 4096;
-  for (const Named& n : allowed) {
-    const ptrdiff_t past = a + bytes - n.range.end, before = n.range.begin - a;
-    const ptrdiff_t distance = std::max(past, before);
-    if (distance <= 0 || distance >= nearest) continue;
+  for (const Allowed* m : allowed) {
+    const ptrdiff_t past = a + bytes - m->end(), before = m->begin() - a;
+    const ptrdiff_t distance = std::max<ptrdiff_t>({past, before, 0});
+    if (distance >= nearest) continue;
     nearest = distance;
-    text = std::to_string(bytes) + " bytes, " + std::to_string(distance) +
-           (past > 0 ? " past the end of " : " before the beginning of ") + n.name;
+    const std::string place = past > 0     ? std::to_string(distance) + " past the end of "
+                              : before > 0 ? std::to_string(distance) + " before the beginning of "
+                                           : "in the gaps between the rows of ";
+    text = std::to_string(bytes) + " bytes, " + place + m->traffic.name;
   }
   return text;
 }
 
 }  // namespace
 
-Allowed::Allowed(const void* begin, size_t bytes, std::string name) {
-  const char* b = static_cast<const char*>(begin);
-  allowed.push_back({{b, b + bytes}, std::move(name)});
+Allowed::Allowed(const void* begin, size_t element, const std::vector<Axis>& axes, std::string name)
+    : traffic{std::move(name), {}, {}},
+      begin_(static_cast<const char*>(begin)),
+      extent_(element),
+      run_(element),
+      axes_(axes) {
+  std::ranges::sort(axes_, std::greater{}, &Axis::stride);
+  for (const Axis& a : axes_)
+    if (a.count == 0) extent_ = run_ = 0;
+  if (run_ == 0) axes_.clear();
+  for (const Axis& a : axes_) extent_ += (a.count - 1) * a.stride;
+  while (!axes_.empty() && (axes_.back().stride <= run_ || axes_.back().count == 1)) {
+    run_ += (axes_.back().count - 1) * axes_.back().stride;
+    axes_.pop_back();
+  }
+  allowed.push_back(this);
 }
-Allowed::~Allowed() { allowed.pop_back(); }
+Allowed::~Allowed() { std::erase(allowed, this); }
+
+bool Allowed::holds(const void* address, size_t bytes) const {
+  const char* a = static_cast<const char*>(address);
+  if (a < begin_ || a >= end()) return false;
+  size_t offset = a - begin_;
+  for (const Axis& axis : axes_) offset -= std::min(offset / axis.stride, axis.count - 1) * axis.stride;
+  return offset + bytes <= run_;
+}
+
+void Traffic::count(const void* address, size_t bytes, Access access) {
+  size_t width = bytes;
+  if (bytes > 16 || bytes & (bytes - 1)) {
+    const size_t bits = reinterpret_cast<uintptr_t>(address) | bytes | 16;
+    width = bits & -bits;
+  }
+  if (access != Access::write) reads[width] += bytes / width;
+  if (access != Access::read) writes[width] += bytes / width;
+}
 
 void check_access_by(const void* address, size_t bytes, Access access, const void* code) {
   if (on_own_stack(address)) return;
   const Range own{reinterpret_cast<const char*>(&self), reinterpret_cast<const char*>(&self + 1)};
   if (own.holds(address, bytes)) return;
-  for (const Named& n : allowed)
-    if (n.range.holds(address, bytes)) return;
+  for (Allowed* m : allowed)
+    if (m->holds(address, bytes)) return m->traffic.count(address, bytes, access);
   if (check_shared(address, bytes, access, code)) return;
   if (access == Access::read && constants.holds(address, bytes)) return;
   refuse(std::string(verb(access)) + " " + describe(static_cast<const char*>(address), bytes), code);

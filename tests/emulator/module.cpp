@@ -2,7 +2,10 @@
 // kernels of the emulator's own tests. An op gets tensors that its checking half has seen, as in the library;
 // its kernels may touch these tensors and no other global memory.
 
+#include <pybind11/stl.h>
+
 #include <deque>
+#include <map>
 #include <sstream>
 #include <vector>
 
@@ -33,10 +36,11 @@ class Tensors {
  public:
   void add(const TensorView& t) {
     std::ostringstream name;
-    name << "tensor " << count_++ << ", " << t;
-    int64_t last = 0;
-    for (int d = 0; d < t.ndim; ++d) last += (t.shape[d] - 1) * t.stride[d];
-    allowed_.emplace_front(t.data, t.numel() ? (last + 1) * size_of(t.dtype) : 0, name.str());
+    name << "tensor " << allowed_.size() << ", " << t;
+    std::vector<emulator::Axis> axes;
+    for (int d = 0; d < t.ndim; ++d)
+      axes.push_back({size_t(t.shape[d]), size_t(t.stride[d]) * size_of(t.dtype)});
+    allowed_.emplace_back(t.data, size_of(t.dtype), axes, name.str());
   }
   void add(const std::vector<TensorView>& list) {
     for (const TensorView& t : list) add(t);
@@ -46,10 +50,17 @@ class Tensors {
   }
   template <typename T> void add(const T&) {}  // a number or a name
 
+  std::vector<emulator::Traffic> traffic() const {
+    std::vector<emulator::Traffic> list;
+    for (const emulator::Allowed& a : allowed_) list.push_back(a.traffic);
+    return list;
+  }
+
  private:
-  int count_ = 0;
   std::deque<emulator::Allowed> allowed_;
 };
+
+std::vector<emulator::Traffic> last_traffic;
 
 // The same argument as a tensor of a CUDA device: an op that is called whole takes its CUDA half.
 TensorView on_device(TensorView t) {
@@ -72,8 +83,12 @@ void def(py::module_& m, const char* name, void (*f)(Stream, const TensorView&, 
           Tensors tensors;
           tensors.add(out.view);
           (tensors.add(python::Passed<std::decay_t<Args>>::unwrap(args)), ...);
-          py::gil_scoped_release release;
-          f(nullptr, on_device(out.view), on_device(python::Passed<std::decay_t<Args>>::unwrap(args))...);
+          last_traffic.clear();
+          {
+            py::gil_scoped_release release;
+            f(nullptr, on_device(out.view), on_device(python::Passed<std::decay_t<Args>>::unwrap(args))...);
+          }
+          last_traffic = tensors.traffic();
         });
 }
 
@@ -96,6 +111,31 @@ void gated_activation_quantize(Stream stream, const TensorView& codes, const Ten
                                              tensor_scale, rotation));
 }
 
+uint64_t bytes(const std::map<size_t, uint64_t>& accesses) {
+  uint64_t sum = 0;
+  for (const auto& [width, count] : accesses) sum += width * count;
+  return sum;
+}
+
+std::string describe(const emulator::Traffic& t) {
+  std::ostringstream os;
+  os << t.name << ": " << bytes(t.reads) << " bytes read, " << bytes(t.writes) << " written";
+  return os.str();
+}
+
+void bind_traffic(py::module_& m) {
+  py::class_<emulator::Traffic>(m, "Traffic")
+      .def_readonly("name", &emulator::Traffic::name)
+      .def_readonly("reads", &emulator::Traffic::reads, "{bytes of an access: number of them}")
+      .def_readonly("writes", &emulator::Traffic::writes)
+      .def_property_readonly("bytes_read", [](const emulator::Traffic& t) { return bytes(t.reads); })
+      .def_property_readonly("bytes_written", [](const emulator::Traffic& t) { return bytes(t.writes); })
+      .def("__repr__", &describe);
+  m.def(
+      "traffic", [] { return last_traffic; },
+      "What the last call that returned has read and written, of each of its tensors in their order.");
+}
+
 }  // namespace
 
 // The CPU halves of the ops that are called whole.
@@ -106,20 +146,21 @@ void rfk::ada_norm_backward_cpu(const AdaNormBackwardCall&) {
 }
 
 PYBIND11_MODULE(rfkernels_emulated, m) {
+  bind_traffic(m);
   m.def("set_seed", &emulator::set_seed, "The order in which blocks and warps run from now on.");
 
+  def(m, "activation", &activation_cuda);
+  def(m, "activation_backward", &activation_backward_cuda);
+  def(m, "activation_quantize", &::activation_quantize);
   def(m, "ada_norm_backward", &ada_norm_backward);
   def(m, "affine_step", &affine_step_cuda);
   def(m, "cfg_step", &cfg_step_cuda);
+  def(m, "gated_activation", &gated_activation_cuda);
+  def(m, "gated_activation_backward", &gated_activation_backward_cuda);
   def(m, "gated_activation_quantize", &::gated_activation_quantize);
   def(m, "gated_residual", &gated_residual);
   def(m, "gated_residual_norm_modulate", &gated_residual_norm_modulate);
   def(m, "gated_residual_norm_modulate_quantize", &gated_residual_norm_modulate_quantize);
-  def(m, "activation", &activation_cuda);
-  def(m, "activation_backward", &activation_backward_cuda);
-  def(m, "activation_quantize", &::activation_quantize);
-  def(m, "gated_activation", &gated_activation_cuda);
-  def(m, "gated_activation_backward", &gated_activation_backward_cuda);
   def(m, "linear_combination", &linear_combination_cuda);
   def(m, "norm_modulate", &norm_modulate);
   def(m, "norm_modulate_quantize", &norm_modulate_quantize);
@@ -137,6 +178,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(test, "collective", &rfk::test::collective);
   def(test, "copy", &rfk::test::copy);
   def(test, "copy_through_async", &rfk::test::copy_through_async);
+  def(test, "double_vectors", &rfk::test::double_vectors);
   def(test, "index", &rfk::test::index);
   def(test, "math", &rfk::test::math);
   def(test, "produce_and_consume", &rfk::test::produce_and_consume);

@@ -81,6 +81,22 @@ def test_gradients_of_tables_of_two_shapes(device):
 
 
 @every_device
+@pytest.mark.parametrize("tables", [("gate",), ("scale",), ("shift",), ("gate", "shift")], ids=str)
+def test_gradients_where_the_index_serves_some_tables(tables, device):
+    inputs = Inputs((2, 5, 24), F64, F64, device)
+    name = "gated_residual_norm_modulate"
+    options = {table: inputs.table((3,)) for table in tables}
+    options |= dict(weight=inputs.table(()), branch_norm="rms", branch_weight=inputs.table(()))
+    index = torch.randint(3, (2, 5), generator=inputs.generator).to(device)
+    tokens, options, leaves = _leaves(inputs.tokens(name), options)
+    ours = _gradients(lambda: ops.gated_residual_norm_modulate(*tokens, index=index, **options), leaves)
+    theirs = _gradients(
+        lambda: ops.gated_residual_norm_modulate_reference(*tokens, index=index, **options), leaves
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@every_device
 @pytest.mark.parametrize("used", [0, 1])
 def test_gradients_of_one_result(used, device):
     inputs = Inputs((2, 5, 24), F64, F64, device)

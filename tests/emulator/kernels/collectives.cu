@@ -65,6 +65,11 @@ __global__ void index_kernel(int64_t* out) {
   out[i] = i;
 }
 
+__global__ void double_vectors_kernel(float4* out, const float4* in) {
+  const float4 v = in[threadIdx.x];
+  out[threadIdx.x] = make_float4(2 * v.x, 2 * v.y, 2 * v.z, 2 * v.w);
+}
+
 // One direction of a producer-consumer pair: warps 1 .. 3 write, warp 0 reads, all meet at barrier 1.
 __global__ void produce_and_consume_kernel(int64_t* out, const int64_t* in) {
   __shared__ int64_t tile[kWarps * 32];
@@ -93,6 +98,11 @@ void index(Stream stream, const TensorView& out, int64_t x, int64_t y) {
   const unsigned blocks = unsigned(out.numel() / (x * y) / 6);
   launch("index", index_kernel, dim3(blocks, 2, 3), dim3(unsigned(x), unsigned(y)), 0, cudaStream_t(stream),
          out.ptr<int64_t>());
+}
+
+void double_vectors(Stream stream, const TensorView& out, const TensorView& in) {
+  launch("double_vectors", double_vectors_kernel, dim3(1), dim3(unsigned(out.numel() / 4)), 0,
+         cudaStream_t(stream), out.ptr<float4>(), in.ptr<float4>());
 }
 
 void produce_and_consume(Stream stream, const TensorView& out, const TensorView& in) {

@@ -11,6 +11,9 @@ void collective(Stream stream, const TensorView& out, const TensorView& in, int6
 // out[b] = sum over the threads of block b of i^2 (int64), by atomics on shared, then on global memory.
 void atomic_sum(Stream stream, const TensorView& out, int64_t threads);
 
+// out[i] = 2 in[i], a float4 a thread, whose members are taken apart.
+void double_vectors(Stream stream, const TensorView& out, const TensorView& in);
+
 // out[i] = the index that thread i of a grid with blocks of `x` times `y` threads computes for itself.
 void index(Stream stream, const TensorView& out, int64_t x, int64_t y);
 
