@@ -48,20 +48,52 @@ template <typename T> using acc_t = typename AccOf<T>::type;
 RFK_HD double load(double v) { return v; }
 RFK_HD float load(float v) { return v; }
 
+// The host halves are integer code without branches, in words of 32 bits until memory is touched: GCC 12
+// leaves _Float16 scalar and mixed widths at half speed, but turns these into SIMD for every instruction set.
+namespace detail {
+
+// condition ? a : b without control flow, of which GCC makes copies of all that follows.
+RFK_HD uint32_t choose(bool condition, uint32_t a, uint32_t b) {
+  const uint32_t mask = 0 - uint32_t(condition);
+  return (a & mask) | (b & ~mask);
+}
+
+RFK_HD float value_of_f16(uint32_t bits) {
+  const uint32_t sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  const uint32_t normal = (magnitude << 13) + (112u << 23);
+  const uint32_t subnormal = std::bit_cast<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f);
+  const uint32_t special = (magnitude << 13) | 0x7f800000;
+  const uint32_t finite = choose(magnitude < 0x0400, subnormal, normal);
+  return std::bit_cast<float>(sign | choose(magnitude >= 0x7c00, special, finite));
+}
+
+RFK_HD uint32_t bits_of_f16(float v) {
+  const uint32_t u = std::bit_cast<uint32_t>(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  const uint32_t scaled = magnitude - (112u << 23);
+  const uint32_t normal = (scaled + 0x0fff + ((scaled >> 13) & 1)) >> 13;
+  // 0.5f has a last bit of 2^-24, the smallest f16: adding it rounds a subnormal to even.
+  const uint32_t subnormal =
+      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - std::bit_cast<uint32_t>(0.5f);
+  const uint32_t finite = choose(magnitude < 0x38800000, subnormal, normal);
+  const uint32_t large = choose(magnitude > 0x7f800000, 0x7fff, 0x7c00);
+  return sign | choose(magnitude >= 0x477ff000, large, finite);
+}
+
+RFK_HD uint32_t bits_of_bf16(float v) {
+  const uint32_t u = std::bit_cast<uint32_t>(v);
+  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return choose(v == v, rounded, 0x7fff);  // a NaN must not round up to infinity
+}
+
+}  // namespace detail
+
 RFK_HD float load(bf16 v) { return std::bit_cast<float>(uint32_t(v.bits) << 16); }
 
-// The host halves of f16 are integer code without branches: GCC 12 leaves _Float16 scalar, but
-// turns these into SIMD for every instruction set.
 RFK_HD float load(f16 v) {
 #ifdef __CUDA_ARCH__
   return __half2float(std::bit_cast<__half>(v.bits));
 #else
-  const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, magnitude = v.bits & 0x7fff;
-  const uint32_t normal = (magnitude << 13) + (112u << 23);
-  const uint32_t subnormal = std::bit_cast<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f);
-  const uint32_t special = (magnitude << 13) | 0x7f800000;
-  const uint32_t finite = magnitude < 0x0400 ? subnormal : normal;
-  return std::bit_cast<float>(sign | (magnitude >= 0x7c00 ? special : finite));
+  return detail::value_of_f16(v.bits);
 #endif
 }
 
@@ -70,27 +102,26 @@ template <typename T> RFK_HD T store(acc_t<T> v) {
 #ifdef __CUDA_ARCH__
     return {std::bit_cast<uint16_t>(__float2bfloat16_rn(v))};
 #else
-    const uint32_t u = std::bit_cast<uint32_t>(v);
-    const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    return {uint16_t(v == v ? rounded : 0x7fff)};  // a NaN must not round up to infinity
+    return {uint16_t(detail::bits_of_bf16(v))};
 #endif
   } else if constexpr (std::is_same_v<T, f16>) {
 #ifdef __CUDA_ARCH__
     return {std::bit_cast<uint16_t>(__float2half_rn(v))};
 #else
-    const uint32_t u = std::bit_cast<uint32_t>(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
-    const uint32_t scaled = magnitude - (112u << 23);
-    const uint32_t normal = (scaled + 0x0fff + ((scaled >> 13) & 1)) >> 13;
-    // 0.5f has a last bit of 2^-24, the smallest f16: adding it rounds a subnormal to even.
-    const uint32_t subnormal =
-        std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - std::bit_cast<uint32_t>(0.5f);
-    const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
-    const uint32_t large = magnitude > 0x7f800000 ? 0x7fff : 0x7c00;
-    return {uint16_t(sign | (magnitude >= 0x477ff000 ? large : finite))};
+    return {uint16_t(detail::bits_of_f16(v))};
 #endif
   } else {
     return v;
   }
+}
+
+// v as it is when it has been stored as a T.
+template <typename T, typename A> RFK_HD A rounded_to(A v) {
+#ifndef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, bf16>) return std::bit_cast<float>(detail::bits_of_bf16(v) << 16);
+  if constexpr (std::is_same_v<T, f16>) return detail::value_of_f16(detail::bits_of_f16(v));
+#endif
+  return load(store<T>(v));
 }
 
 }  // namespace rfk

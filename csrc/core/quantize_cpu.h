@@ -5,21 +5,24 @@
 
 namespace rfk {
 
-// out[c] = f(c) for c < n, past the cache where the whole result is large (core/stream_store.h).
-template <typename T, typename F> RFK_HD void write_row(T* out, int64_t n, bool past_cache, F f) {
-  if (!past_cache) {
-#pragma omp simd
-    for (int64_t c = 0; c < n; ++c) out[c] = f(c);
-    return;
-  }
+// out[c] = f(c) for c < n, past the cache where the whole result is large (core/stream_store.h);
+// before(strip, end) is called ahead of every strip of columns.
+template <typename T, typename F, typename G>
+RFK_HD void write_row(T* out, int64_t n, bool past_cache, F f, G before) {
   constexpr int64_t kStrip = 256;
   alignas(64) T buffer[kStrip];
   for (int64_t strip = 0; strip < n; strip += kStrip) {
-    const int64_t size = std::min(kStrip, n - strip);
+    const int64_t count = std::min(kStrip, n - strip);
+    before(strip, strip + count);
+    T* const to = past_cache ? buffer : out + strip;
 #pragma omp simd
-    for (int64_t c = 0; c < size; ++c) buffer[c] = f(strip + c);
-    stream_store(out + strip, buffer, size * sizeof(T));
+    for (int64_t c = 0; c < count; ++c) to[c] = f(strip + c);
+    if (past_cache) stream_store(out + strip, buffer, count * sizeof(T));
   }
+}
+
+template <typename T, typename F> RFK_HD void write_row(T* out, int64_t n, bool past_cache, F f) {
+  write_row(out, n, past_cache, f, [](int64_t, int64_t) __attribute__((always_inline)) {});
 }
 
 // A result of `bytes` whose rows may be written past the cache.

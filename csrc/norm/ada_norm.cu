@@ -5,8 +5,12 @@
 namespace rfk {
 namespace {
 
-// Which code a kernel has for the tiers: that of one, or of both.
-enum class Tiers { fast, exact, both };
+// Which code a kernel has for the tiers: that of the fast one, of the exact ones, or of all.
+enum class Code { fast, exact, all };
+
+template <Code kCode> __device__ bool is_fast(Tier tier) {
+  return kCode == Code::all ? tier == Tier::fast : kCode == Code::fast;
+}
 
 // values[i] = f(the numbers of a parameter row from column `at` on), if there is one.
 template <bool kVector, typename M, typename A, typename F>
@@ -18,15 +22,18 @@ __device__ void with_parameters(const M* row, int at, int width, A (&values)[kPa
 }
 
 // v = (v w + b) f + s with the parameters from column `at` on, w and b already in `weight` and `bias`.
-template <typename M, Tiers kTiers, typename A>
+template <typename M, Code kCode, typename A>
 __device__ void modulate_pack(A (&v)[kPack], Moments<A> m, const A (&weight)[kPack], const A (&bias)[kPack],
-                              const A (&factor)[kPack], const A (&shift)[kPack], Rounding r) {
+                              const A (&factor)[kPack], const A (&shift)[kPack], Tier tier) {
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
     const A n = (v[i] - m.mean) * m.rstd;
     const Affine<A> k{weight[i], bias[i], factor[i], shift[i]};
-    const bool exact = kTiers == Tiers::both ? r.exact : kTiers == Tiers::exact;
-    v[i] = exact ? modulate<M, true>(n, k, r.before_weight) : modulate<M, false>(n, k.folded(), false);
+    if (is_fast<kCode>(tier))
+      v[i] = modulate<M, Tier::fast>(n, k.folded());
+    else
+      v[i] =
+          tier == Tier::exact ? modulate<M, Tier::exact>(n, k) : modulate<M, Tier::exact_before_weight>(n, k);
   }
 }
 
@@ -36,7 +43,7 @@ template <typename A> __device__ void fill_pack(A (&v)[kPack], A value) {
 }
 
 // r = x + act(gate) w N(y), in `tile`, which holds y before.
-template <Tiers kTiers, typename T, typename M, int K, bool kVector>
+template <Code kCode, typename T, typename M, int K, bool kVector>
 __device__ void gated_residual_tile(const AdaNorm<T, M>& op, const Parameters<M, acc_t<T>>& p, const T* x,
                                     RowTile<acc_t<T>, K, kVector>& tile) {
   using A = acc_t<T>;
@@ -55,15 +62,15 @@ __device__ void gated_residual_tile(const AdaNorm<T, M>& op, const Parameters<M,
     with_parameters<kVector>(p.gate, at, width, factor, second);
     if (op.tanh && p.gate)
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) factor[i] = gate_factor<M>(factor[i], op.rounding.exact);
-    modulate_pack<M, kTiers>(v, m, weight, zero, factor, zero, op.rounding);
+      for (int i = 0; i < kPack; ++i) factor[i] = gate_factor<M>(factor[i], op.tier);
+    modulate_pack<M, kCode>(v, m, weight, zero, factor, zero, op.tier);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) v[i] = rounded<T>(load(base.v[i]) + (v[i] + p.poison));
+    for (int i = 0; i < kPack; ++i) v[i] = rounded_to<T>(load(base.v[i]) + (v[i] + p.poison));
   });
 }
 
 // v = (N(v) w + b) (1 + scale) + shift
-template <Tiers kTiers, typename T, typename M, int K, bool kVector>
+template <Code kCode, typename T, typename M, int K, bool kVector>
 __device__ void norm_modulate_tile(const AdaNorm<T, M>& op, const Parameters<M, acc_t<T>>& p,
                                    RowTile<acc_t<T>, K, kVector>& tile) {
   using A = acc_t<T>;
@@ -82,16 +89,15 @@ __device__ void norm_modulate_tile(const AdaNorm<T, M>& op, const Parameters<M, 
     with_parameters<kVector>(op.weight, at, width, weight, second);
     with_parameters<kVector>(op.bias, at, width, bias, second);
     with_parameters<kVector>(p.scale, at, width, factor, [&](A, A scale) {
-      const bool exact = kTiers == Tiers::both ? op.rounding.exact : kTiers == Tiers::exact;
-      return scale_factor<M>(scale, exact);
+      return scale_factor<M>(scale, is_fast<kCode>(op.tier) ? Tier::fast : Tier::exact);
     });
     with_parameters<kVector>(p.shift, at, width, shift, second);
-    modulate_pack<M, kTiers>(v, m, weight, bias, factor, shift, op.rounding);
+    modulate_pack<M, kCode>(v, m, weight, bias, factor, shift, op.tier);
   });
 }
 
 // Block = row.
-template <typename T, typename M, int K, bool kVector, Tiers kTiers>
+template <typename T, typename M, int K, bool kVector, Code kCode>
 __global__ void __launch_bounds__(kTileThreads) ada_norm_kernel(AdaNorm<T, M> op) {
   using A = acc_t<T>;
   const RowIndex row = op.plan.index(blockIdx.x);
@@ -100,13 +106,13 @@ __global__ void __launch_bounds__(kTileThreads) ada_norm_kernel(AdaNorm<T, M> op
   tile.width = int(op.plan.cols);
   tile.load_row(op.y.data ? op.y.at(row) : op.x.at(row));
   if (op.y.data) {
-    gated_residual_tile<kTiers>(op, p, op.x.at(row), tile);
+    gated_residual_tile<kCode>(op, p, op.x.at(row), tile);
     tile.store_row(op.x_out.at(row));
   }
   if (!op.finishes()) return;
-  norm_modulate_tile<kTiers>(op, p, tile);
+  norm_modulate_tile<kCode>(op, p, tile);
   if (op.out.data) return tile.store_row(op.out.at(row));
-  if (op.rounding.exact) tile.template round_to<T>();
+  if (!is_fast<kCode>(op.tier)) tile.template round_to<T>();
   const QuantizedRows& q = op.quantized;
   quantize_tile(tile, q, q.codes.at(row), q.scales.data ? q.scales.at(row) : nullptr, 4);
 }
@@ -118,20 +124,19 @@ struct AdaNormCuda {
   template <typename T, typename M> void operator()(const AdaNorm<T, M>& op) const {
     const bool vector = op.aligned(), narrow = op.plan.cols <= 4 * kPack * kTileThreads;
     if constexpr (sizeof(T) == 8)
-      return vector ? run<2, true, Tiers::both>(op) : run<2, false, Tiers::both>(op);
+      return vector ? run<2, true, Code::all>(op) : run<2, false, Code::all>(op);
     else if (!vector)
-      run<8, false, Tiers::both>(op);
+      run<8, false, Code::all>(op);
     else if (!narrow)
-      run<8, true, Tiers::both>(op);
+      run<8, true, Code::all>(op);
     else
-      op.rounding.exact ? run<4, true, Tiers::exact>(op) : run<4, true, Tiers::fast>(op);
+      op.tier != Tier::fast ? run<4, true, Code::exact>(op) : run<4, true, Code::fast>(op);
   }
 
  private:
-  template <int K, bool kVector, Tiers kTiers, typename T, typename M>
-  void run(const AdaNorm<T, M>& op) const {
+  template <int K, bool kVector, Code kCode, typename T, typename M> void run(const AdaNorm<T, M>& op) const {
     const DeviceGuard guard(device);
-    launch("ada_norm", ada_norm_kernel<T, M, K, kVector, kTiers>, dim3(unsigned(op.plan.rows)),
+    launch("ada_norm", ada_norm_kernel<T, M, K, kVector, kCode>, dim3(unsigned(op.plan.rows)),
            dim3(tile_threads<K>(op.name, op.plan)), 0, stream, op);
   }
 };

@@ -22,8 +22,6 @@ template <typename A> struct Moments {
   A mean = 0, rstd = 1;
 };
 
-template <typename M, typename A> RFK_HD A rounded(A v) { return load(store<M>(v)); }
-
 // The numbers of one column. Fast: `weight` and `bias` are folded into the others.
 template <typename A> struct Affine {
   A weight = 1, bias = 0, factor = 1, shift = 0;
@@ -31,30 +29,29 @@ template <typename A> struct Affine {
   RFK_HD Affine folded() const { return {1, 0, weight * factor, bias * factor + shift}; }
 };
 
-// Which roundings a call makes.
-struct Rounding {
-  bool exact, before_weight;
-};
+// Which roundings a call makes: one at the end, or as a chain of torch ops makes them, to the type of the
+// parameters.
+enum class Tier : uint8_t { fast, exact, exact_before_weight };
 
-// (n w + b) factor + shift; exact: rounded to M after each step, as a chain of torch ops rounds it.
-template <typename M, bool kExact, typename A> RFK_HD A modulate(A n, Affine<A> k, bool before_weight) {
-  if constexpr (!kExact) {
+// (n w + b) factor + shift
+template <typename M, Tier kTier, typename A> RFK_HD A modulate(A n, Affine<A> k) {
+  if constexpr (kTier == Tier::fast) {
     return n * k.factor + k.shift;
   } else {
-    if (before_weight) n = rounded<M>(n);
-    return rounded<M>(rounded<M>(n * k.weight + k.bias) * k.factor) + k.shift;
+    if constexpr (kTier == Tier::exact_before_weight) n = rounded_to<M>(n);
+    return rounded_to<M>(rounded_to<M>(n * k.weight + k.bias) * k.factor) + k.shift;
   }
 }
 
 // 1 + scale
-template <typename M, typename A> RFK_HD A scale_factor(A scale, bool exact) {
-  return exact ? rounded<M>(1 + scale) : 1 + scale;
+template <typename M, typename A> RFK_HD A scale_factor(A scale, Tier tier) {
+  return tier == Tier::fast ? 1 + scale : rounded_to<M>(1 + scale);
 }
 
 // act(gate) where that is tanh
-template <typename M, typename A> RFK_HD A gate_factor(A gate, bool exact) {
+template <typename M, typename A> RFK_HD A gate_factor(A gate, Tier tier) {
   const A t = std::tanh(gate);
-  return exact ? rounded<M>(t) : t;
+  return tier == Tier::fast ? t : rounded_to<M>(t);
 }
 
 // Which row of the parameter tables serves a row of tokens, where an index says so.
@@ -93,7 +90,7 @@ template <typename T, typename M> struct AdaNorm {
   const M *branch_weight = nullptr, *weight = nullptr, *bias = nullptr;
   Norm branch_norm = Norm::none, norm = Norm::none;
   bool tanh = false;
-  Rounding rounding{};
+  Tier tier = Tier::fast;
   A eps = 0;
   QuantizedRows quantized;
 

@@ -21,7 +21,7 @@ struct AdaNormCall {
   Norm norm = Norm::none;
   Optional index;
   double eps = 0;
-  Rounding rounding{};
+  Tier tier = Tier::fast;
   // instead of `out`
   Optional codes, scales, tensor_scale;
   int64_t rotation = 0;
@@ -34,10 +34,10 @@ inline Norm parse_norm(const char* op, const char* argument, const std::string& 
   fail(op, ": ", argument, " must be 'layer', 'rms' or 'none', got '", name, "'");
 }
 
-inline Rounding parse_tier(const char* op, const std::string& name) {
-  if (name == "fast") return {false, false};
-  if (name == "exact") return {true, false};
-  if (name == "exact_before_weight") return {true, true};
+inline Tier parse_tier(const char* op, const std::string& name) {
+  if (name == "fast") return Tier::fast;
+  if (name == "exact") return Tier::exact;
+  if (name == "exact_before_weight") return Tier::exact_before_weight;
   fail(op, ": tier must be 'fast', 'exact' or 'exact_before_weight', got '", name, "'");
 }
 
@@ -60,7 +60,7 @@ inline AdaNormCall norm_modulate_call(const char* op, const TensorView& x, const
   c.norm = parse_norm(op, "norm", norm);
   c.index = index;
   c.eps = eps;
-  c.rounding = parse_tier(op, tier);
+  c.tier = parse_tier(op, tier);
   return c;
 }
 
@@ -127,7 +127,7 @@ template <typename Backend> void run_ada_norm(const Backend& backend, const AdaN
     op.name = c.op;
     op.plan = plan;
     op.tanh = c.tanh;
-    op.rounding = c.rounding;
+    op.tier = c.tier;
     op.eps = acc_t<T>(c.eps);
     const auto vectors = [&]<typename U>(RowVectors<U>& to, int i) {
       if (at[i] >= 0) {
