@@ -24,62 +24,65 @@ template <typename A, typename T> RFK_HD const A* widen(A* buffer, const T* from
   }
 }
 
-// The parameters of `count` columns from `begin` on.
+// The parameters of `count` columns from `begin` on; `absent`: a strip of what absent ones read as.
 template <typename A>
-RFK_HD const A* widen_columns(A* buffer, ColumnParam param, int64_t begin, int64_t count) {
-  if (!param.data) {
-    for (int64_t i = 0; i < count; ++i) buffer[i] = A(-0.0);
-    return buffer;
-  }
+RFK_HD const A* widen_columns(A* buffer, ColumnParam param, int64_t begin, int64_t count, const A* absent) {
+  if (!param.data) return absent;
   if (param.dtype == DType::bf16) return widen(buffer, static_cast<const bf16*>(param.data) + begin, count);
   if (param.dtype == DType::f16) return widen(buffer, static_cast<const f16*>(param.data) + begin, count);
   return static_cast<const A*>(param.data) + begin;
 }
 
-// Columns begin .. end of the row at `index`, a strip or less. Three loops where T is of 16 bits: GCC makes
-// full-width SIMD of conversions, and of arithmetic, not of both in one. `past_cache`: the results leave by
-// streaming stores where the memory is aligned for them.
+// Columns begin .. end of the row at `index`, strip by strip. Three loops a strip where T is of 16 bits: GCC
+// makes full-width SIMD of conversions, and of arithmetic, not of both in one. `past_cache`: the results
+// leave by streaming stores where the memory is aligned for them.
 template <typename T, typename Op>
-RFK_SIMD void map_strip(Vectors<T, Op> vectors, RowIndex index, int64_t begin, int64_t end, Op op,
-                        bool past_cache) {
+RFK_SIMD void map_run(const Vectors<T, Op>& vectors, RowIndex index, int64_t begin, int64_t end, Op op,
+                      bool past_cache) {
   using A = acc_t<T>;
   constexpr bool kWiden = !std::is_same_v<T, A>;
   alignas(64) A wide_in[kWiden ? Op::kInputs : 1][kVectorStrip], wide_param[Op::kParams][kVectorStrip];
-  alignas(64) A wide_out[kWiden ? Op::kOutputs : 1][kVectorStrip];
+  alignas(64) A wide_out[kWiden ? Op::kOutputs : 1][kVectorStrip], absent[kVectorStrip];
   alignas(64) T buffer[Op::kOutputs][kVectorStrip];
-  const int64_t count = end - begin;
-  const A *in[Op::kInputs], *param[Op::kParams];
-  T *out[Op::kOutputs], *to[Op::kOutputs];
-  A* result[Op::kOutputs];
-  for (int j = 0; j < Op::kInputs; ++j)
-    in[j] = widen(wide_in[kWiden ? j : 0], vectors.in[j].at(index) + begin, count);
-  for (int j = 0; j < Op::kParams; ++j)
-    param[j] = widen_columns(wide_param[j], vectors.param[j], begin, count);
-  for (int j = 0; j < Op::kOutputs; ++j) {
-    out[j] = vectors.out[j].at(index) + begin;
-    to[j] = past_cache ? buffer[j] : out[j];
-    if constexpr (kWiden)
-      result[j] = wide_out[j];
-    else
-      result[j] = to[j];
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    A v[Op::kInputs], p[Op::kParams], f[Op::kOutputs];
-    for (int j = 0; j < Op::kInputs; ++j) v[j] = in[j][i];
-    for (int j = 0; j < Op::kParams; ++j) p[j] = param[j][i];
-    op(v, p, f);
-    for (int j = 0; j < Op::kOutputs; ++j) result[j][i] = f[j];
-  }
-  for (int j = 0; j < Op::kOutputs; ++j) {
-    if constexpr (kWiden) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) to[j][i] = store<T>(result[j][i]);
+  const T* from[Op::kInputs];
+  T* out[Op::kOutputs];
+  for (int j = 0; j < Op::kInputs; ++j) from[j] = vectors.in[j].at(index);
+  for (int j = 0; j < Op::kOutputs; ++j) out[j] = vectors.out[j].at(index);
+  for (A& a : absent) a = A(-0.0);
+
+  for (int64_t strip = begin; strip < end; strip += kVectorStrip) {
+    const int64_t count = std::min(kVectorStrip, end - strip);
+    const A *in[Op::kInputs], *param[Op::kParams];
+    T* to[Op::kOutputs];
+    A* result[Op::kOutputs];
+    for (int j = 0; j < Op::kInputs; ++j) in[j] = widen(wide_in[kWiden ? j : 0], from[j] + strip, count);
+    for (int j = 0; j < Op::kParams; ++j)
+      param[j] = widen_columns<A>(wide_param[j], vectors.param[j], strip, count, absent);
+    for (int j = 0; j < Op::kOutputs; ++j) {
+      to[j] = past_cache ? buffer[j] : out[j] + strip;
+      if constexpr (kWiden)
+        result[j] = wide_out[j];
+      else
+        result[j] = to[j];
     }
-    if (past_cache && reinterpret_cast<uintptr_t>(out[j]) % 16 == 0)
-      stream_store(out[j], buffer[j], count * sizeof(T));
-    else if (past_cache)
-      std::memcpy(out[j], buffer[j], count * sizeof(T));
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      A v[Op::kInputs], p[Op::kParams], f[Op::kOutputs];
+      for (int j = 0; j < Op::kInputs; ++j) v[j] = in[j][i];
+      for (int j = 0; j < Op::kParams; ++j) p[j] = param[j][i];
+      op(v, p, f);
+      for (int j = 0; j < Op::kOutputs; ++j) result[j][i] = f[j];
+    }
+    for (int j = 0; j < Op::kOutputs; ++j) {
+      if constexpr (kWiden) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) to[j][i] = store<T>(result[j][i]);
+      }
+      if (past_cache && reinterpret_cast<uintptr_t>(out[j] + strip) % 16 == 0)
+        stream_store(out[j] + strip, buffer[j], count * sizeof(T));
+      else if (past_cache)
+        std::memcpy(out[j] + strip, buffer[j], count * sizeof(T));
+    }
   }
 }
 
@@ -108,8 +111,8 @@ struct MapVectorsCpu {
                         bool past_cache) {
     while (begin < end) {
       const int64_t row = begin / plan.cols, column = begin % plan.cols;
-      const int64_t count = std::min({kVectorStrip, plan.cols - column, end - begin});
-      map_strip<T, Op>(vectors, plan.index(row), column, column + count, op, past_cache);
+      const int64_t count = std::min(plan.cols - column, end - begin);
+      map_run<T, Op>(vectors, plan.index(row), column, column + count, op, past_cache);
       begin += count;
     }
     if (past_cache) stream_fence();
