@@ -2,15 +2,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "core/map_vectors.h"
-#include "core/stream_store.h"
 
 namespace rfk {
 
-// Columns between two bursts of streaming stores: few, so that memory is read while it is written.
+// Columns at a time: what stays in the innermost cache between conversion and arithmetic.
 inline constexpr int64_t kVectorStrip = 256;
 
 // `count` values from `from` on as A, in `buffer` where they are of another type.
@@ -34,16 +32,13 @@ RFK_HD const A* widen_columns(A* buffer, ColumnParam param, int64_t begin, int64
 }
 
 // Columns begin .. end of the row at `index`, strip by strip. Three loops a strip where T is of 16 bits: GCC
-// makes full-width SIMD of conversions, and of arithmetic, not of both in one. `past_cache`: the results
-// leave by streaming stores where the memory is aligned for them.
+// makes full-width SIMD of conversions, and of arithmetic, not of both in one.
 template <typename T, typename Op>
-RFK_SIMD void map_run(const Vectors<T, Op>& vectors, RowIndex index, int64_t begin, int64_t end, Op op,
-                      bool past_cache) {
+RFK_SIMD void map_run(const Vectors<T, Op>& vectors, RowIndex index, int64_t begin, int64_t end, Op op) {
   using A = acc_t<T>;
   constexpr bool kWiden = !std::is_same_v<T, A>;
   alignas(64) A wide_in[kWiden ? Op::kInputs : 1][kVectorStrip], wide_param[Op::kParams][kVectorStrip];
   alignas(64) A wide_out[kWiden ? Op::kOutputs : 1][kVectorStrip], absent[kVectorStrip];
-  alignas(64) T buffer[Op::kOutputs][kVectorStrip];
   const T* from[Op::kInputs];
   T* out[Op::kOutputs];
   for (int j = 0; j < Op::kInputs; ++j) from[j] = vectors.in[j].at(index);
@@ -53,17 +48,15 @@ RFK_SIMD void map_run(const Vectors<T, Op>& vectors, RowIndex index, int64_t beg
   for (int64_t strip = begin; strip < end; strip += kVectorStrip) {
     const int64_t count = std::min(kVectorStrip, end - strip);
     const A *in[Op::kInputs], *param[Op::kParams];
-    T* to[Op::kOutputs];
     A* result[Op::kOutputs];
     for (int j = 0; j < Op::kInputs; ++j) in[j] = widen(wide_in[kWiden ? j : 0], from[j] + strip, count);
     for (int j = 0; j < Op::kParams; ++j)
       param[j] = widen_columns<A>(wide_param[j], vectors.param[j], strip, count, absent);
     for (int j = 0; j < Op::kOutputs; ++j) {
-      to[j] = past_cache ? buffer[j] : out[j] + strip;
       if constexpr (kWiden)
         result[j] = wide_out[j];
       else
-        result[j] = to[j];
+        result[j] = out[j] + strip;
     }
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
@@ -73,49 +66,40 @@ RFK_SIMD void map_run(const Vectors<T, Op>& vectors, RowIndex index, int64_t beg
       op(v, p, f);
       for (int j = 0; j < Op::kOutputs; ++j) result[j][i] = f[j];
     }
-    for (int j = 0; j < Op::kOutputs; ++j) {
-      if constexpr (kWiden) {
+    if constexpr (kWiden) {
+      for (int j = 0; j < Op::kOutputs; ++j) {
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) to[j][i] = store<T>(result[j][i]);
+        for (int64_t i = 0; i < count; ++i) out[j][strip + i] = store<T>(wide_out[j][i]);
       }
-      if (past_cache && reinterpret_cast<uintptr_t>(out[j] + strip) % 16 == 0)
-        stream_store(out[j] + strip, buffer[j], count * sizeof(T));
-      else if (past_cache)
-        std::memcpy(out[j] + strip, buffer[j], count * sizeof(T));
     }
   }
 }
 
-// The CPU back end of map_vectors: threads over blocks of elements, SIMD along a row.
+// The CPU back end of map_vectors: threads over blocks of elements, SIMD along a row. Ordinary stores: with
+// as much arithmetic as an activation has, streaming ones (map_rows_cpu.h) were slower by a fifth.
 struct MapVectorsCpu {
   template <typename T, typename Op>
   void operator()(const RowPlan& plan, const Vectors<T, Op>& vectors, Op op) const {
     constexpr int64_t kBlock = 4096;  // elements per task: outweighs the fork
     const int64_t total = plan.rows * plan.cols, blocks = (total + kBlock - 1) / kBlock;
-    bool past_cache = true;
-    for (const RowVectors<T>& out : vectors.out) {
-      past_cache &= should_stream(out.data, total * sizeof(T));
-      for (const RowVectors<const T>& in : vectors.in) past_cache &= out.data != in.data;
-    }
 #pragma omp parallel for schedule(static) if (total > 2 * kBlock)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t end = std::min((block + 1) * kBlock, total);
-      map_block(plan, vectors, op, block * kBlock, end, past_cache);
+      map_block(plan, vectors, op, block * kBlock, end);
     }
   }
 
  private:
   // Elements begin .. end, counted along the rows.
   template <typename T, typename Op>
-  static void map_block(const RowPlan& plan, const Vectors<T, Op>& vectors, Op op, int64_t begin, int64_t end,
-                        bool past_cache) {
+  static void map_block(const RowPlan& plan, const Vectors<T, Op>& vectors, Op op, int64_t begin,
+                        int64_t end) {
     while (begin < end) {
       const int64_t row = begin / plan.cols, column = begin % plan.cols;
       const int64_t count = std::min(plan.cols - column, end - begin);
-      map_run<T, Op>(vectors, plan.index(row), column, column + count, op, past_cache);
+      map_run<T, Op>(vectors, plan.index(row), column, column + count, op);
       begin += count;
     }
-    if (past_cache) stream_fence();
   }
 };
 
