@@ -16,10 +16,8 @@ RFK_SIMD void quantize_map_rows(const RowPlan& plan, const Vectors<T, Op>& vecto
   const bool past_cache = streams(q.codes, plan.axes, plan.rows, plan.cols);
   for (int64_t row = begin; row < end; ++row) {
     const RowIndex at = plan.index(row);
-    for (int64_t strip = 0; strip < plan.cols; strip += kVectorStrip) {
-      acc_t<T>* const result[1] = {row_values + strip};
-      compute_strip<T, Op>(vectors, at, strip, std::min(kVectorStrip, plan.cols - strip), op, result);
-    }
+    acc_t<T>* const result[1] = {row_values};
+    map_columns<T, acc_t<T>>(vectors, at, 0, plan.cols, op, result);
     if (exact)
 #pragma omp simd
       for (int64_t c = 0; c < plan.cols; ++c) row_values[c] = load(store<T>(row_values[c]));

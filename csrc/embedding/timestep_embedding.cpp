@@ -9,10 +9,26 @@
 namespace rfk {
 namespace {
 
-template <typename T> RFK_SIMD void embed_row(T* row, TimestepEmbedding op, float time) {
+// Strip by strip, since GCC makes SIMD of angles and of conversions, but not of both in one loop.
+template <typename T> RFK_SIMD void embed_row(T* row, const TimestepEmbedding& op, float time) {
+  constexpr int64_t kStrip = 256;
+  float sine[kStrip], cosine[kStrip];
+  const float* freqs = op.freqs;
+  const float scale = op.scale;
   const int64_t half = op.dim / 2;
+  T *sines = row + (op.flip ? half : 0), *cosines = row + (op.flip ? 0 : half);
+  for (int64_t strip = 0; strip < half; strip += kStrip) {
+    const int64_t count = std::min(kStrip, half - strip);
 #pragma omp simd
-  for (int64_t i = 0; i < half; ++i) op.write(row, time, i);
+    for (int64_t i = 0; i < count; ++i) {
+      const SinCos v = sin_cos_of_time(time, freqs[strip + i], scale);
+      sine[i] = v.sine, cosine[i] = v.cosine;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) sines[strip + i] = store<T>(sine[i]);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) cosines[strip + i] = store<T>(cosine[i]);
+  }
   if (op.dim % 2) row[op.dim - 1] = T{};
 }
 

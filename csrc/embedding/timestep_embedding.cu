@@ -11,10 +11,15 @@ template <typename T> __global__ void timestep_embedding_kernel(T* out, Timestep
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t columns = (op.dim + 1) / 2, row = thread / columns, i = thread % columns;
   if (row >= op.rows) return;
-  if (i < op.dim / 2)
-    op.write(out + row * op.dim, op.t.at(row), i);
-  else
-    out[row * op.dim + op.dim - 1] = T{};
+  const int64_t half = op.dim / 2;
+  out += row * op.dim;
+  if (i == half) {  // the last column of an odd width
+    out[2 * half] = T{};
+    return;
+  }
+  const SinCos v = sin_cos_of_time(op.t.at(row), op.freqs[i], op.scale);
+  out[i] = store<T>(op.flip ? v.cosine : v.sine);
+  out[half + i] = store<T>(op.flip ? v.sine : v.cosine);
 }
 
 void timestep_embedding_cuda(Stream stream, const TensorView& out, const TensorView& t,

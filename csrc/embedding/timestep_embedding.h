@@ -32,15 +32,10 @@ struct TimestepEmbedding {
   int64_t rows, dim;
   float scale;
   bool flip;
-
-  // Sine and cosine of frequency i in row r, rounded once, to where they belong.
-  template <typename T> RFK_HD void write(T* row, float time, int64_t i) const {
-    const SinCos v = sin_cos(scale * (time * freqs[i]));
-    const int64_t half = dim / 2;
-    row[i] = store<T>(flip ? v.cosine : v.sine);
-    row[half + i] = store<T>(flip ? v.sine : v.cosine);
-  }
 };
+
+// Sine and cosine of the angle of time t at frequency f.
+RFK_HD SinCos sin_cos_of_time(float t, float f, float scale) { return sin_cos(scale * (t * f)); }
 
 inline TimestepEmbedding timestep_embedding_of(const TensorView& out, const TensorView& t,
                                                const TensorView& freqs, double scale, bool flip) {
