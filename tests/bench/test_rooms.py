@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from bench import activation, cases, embedding, guidance, harness, noise, overhead, rope, smoke, solver
+from bench import activation, cases, embedding, guidance, harness, noise, norm, overhead, rope, smoke, solver
 
 ROOMS = {
     "activation": activation,
     "embedding": embedding,
     "guidance": guidance,
     "noise": noise,
+    "norm": norm,
     "rope": rope,
     "solver": solver,
 }
@@ -33,7 +34,9 @@ def small_cases() -> list[cases.Case]:
 def test_bytes_are_those_of_the_tensors_and_sides_agree(case: cases.Case) -> None:
     plan = harness.Plan(seconds=0, min_rounds=1, max_rounds=1, settle=0, cold_bytes=0, compile=False)
     (slot,) = slots = harness.make_slots(case, 1, "cpu")
-    assert case.bytes_moved == slot.out.nbytes + sum(t.nbytes for t in slot.inputs)
+    results = case.ours(None, *slot.inputs)
+    tensors = [*slot.inputs, *([results] if isinstance(results, torch.Tensor) else results)]
+    assert case.bytes_moved == sum(t.nbytes for t in tensors)
     assert slot.out.shape == case.shape and all(t.count_nonzero() == t.numel() for t in slot.inputs)
     with torch.no_grad():
         calls, _ = harness.case_calls(case, slots, plan)  # raises if a side computes something else
