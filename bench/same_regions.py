@@ -71,7 +71,10 @@ def _calls(m: Draw) -> Iterator[tuple[str, tuple, bool]]:
     yield "gated_residual", (x, y, gate, None, "tanh", "none", None, 1e-6, "fast"), False
     sums = (None, None, None, 1, 1, True)
     yield "ada_norm_backward", (x, y, m.x(), weight, gate, *sums, "layer", "one_plus", 1e-6), False
-    yield "timestep_embedding", (1000 * m.x(5).float(), 64, 1.0, 1e4, 0.0, True, m.tokens), True
+    if (
+        m.tokens != F64
+    ):  # whose embedding is of float32 angles too; torch makes the frequencies, on the device
+        yield "timestep_embedding", (10 * m.x(5).float(), 64, 1.0, 1e4, 0.0, True, m.tokens), False
     yield from _activations(m)
     yield from _heads(m)
 

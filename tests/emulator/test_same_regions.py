@@ -6,6 +6,7 @@ import torch
 from bench import same_regions
 from bench.same_bits import as_tuple
 from rfkernels import ops
+from rfkernels.ops import embedding
 from rfkernels.ops._register import Op
 
 CALLS = list(same_regions.calls())
@@ -22,7 +23,8 @@ def run_emulated(emulated, op: Op, args: tuple) -> tuple[torch.Tensor, ...]:
             (*args[:-3], *args[-2:]),
         )  # the dtype of the codes says the format
     if op.name == "timestep_embedding":
-        left = args[:-1]  # the result has the dtype
+        t, dim, scale, max_period, shift, flip, _ = args
+        left = t, embedding._frequencies(dim // 2, max_period, shift, t.device), scale, flip
     getattr(emulated, op.name)(*outs, *left)
     return results
 
