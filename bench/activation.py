@@ -1,4 +1,4 @@
-"""Activations of feed-forward layers: `activation`, `gated_activation` and its backward kernel."""
+"""Activations of feed-forward layers: `activation`, `gated_activation`, its backward, codes of both."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import DTYPES, Case, nbytes, random_tensor
+from bench.cases import DTYPES, STEP, Case, nbytes, quantize, random_tensor, values
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -32,8 +32,15 @@ FULL = [
     ("activation", "relu2", "4608 x 6144"),
     ("activation", "gelu", "Wan 14B image MLP"),
     ("gated_activation_backward", "silu", "4608 x 6144"),
+    ("gated_activation_quantize", "silu", "4608 x 6144"),
+    ("gated_activation_quantize", "silu", "small"),
+    ("activation_quantize", "gelu_tanh", "FLUX.1 MLP"),
 ]
-QUICK = [("gated_activation", "silu", "small"), ("activation", "gelu_tanh", "Wan 14B image MLP")]
+QUICK = [
+    ("gated_activation", "silu", "small"),
+    ("gated_activation_quantize", "silu", "small"),
+    ("activation", "gelu_tanh", "Wan 14B image MLP"),
+]
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
@@ -42,6 +49,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         "activation": _activation,
         "gated_activation": _gated,
         "gated_activation_backward": _gated_backward,
+        "activation_quantize": _codes,
+        "gated_activation_quantize": _gated_codes,
     }
     for op, kind, label in QUICK if quick else FULL:
         for dtypes in ("f32", "bf16"):
@@ -122,4 +131,66 @@ def _gated_backward(kind: str, label: str, shape: tuple[int, int], dtypes: str, 
         ),
         formula=formula,
         tolerance=_tolerance(dtypes),
+    )
+
+
+def _codes(kind: str, label: str, shape: tuple[int, int], dtypes: str, device: str) -> Case:
+    from rfkernels.ops import activation_quantize
+
+    return _to_codes(
+        f"activation_quantize {kind} int8",
+        label,
+        shape,
+        dtypes,
+        shape,
+        device,
+        lambda out, x: activation_quantize(x, kind),
+        lambda x: quantize(FUNCTIONS[kind](x), "int8"),
+    )
+
+
+def _gated_codes(kind: str, label: str, shape: tuple[int, int], dtypes: str, device: str) -> Case:
+    from rfkernels.ops import gated_activation_quantize
+
+    def formula(x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = x.chunk(2, -1)
+        return quantize(FUNCTIONS[kind](gate) * up, "int8")
+
+    return _to_codes(
+        f"gated_activation_quantize {kind} int8",
+        label,
+        shape,
+        dtypes,
+        (shape[0], 2 * shape[1]),
+        device,
+        lambda out, x: gated_activation_quantize(x, kind),
+        formula,
+    )
+
+
+def _to_codes(
+    op: str,
+    label: str,
+    shape: tuple[int, int],
+    dtypes: str,
+    input_shape: tuple[int, int],
+    device: str,
+    ours: Callable[..., tuple[Tensor, Tensor]],
+    formula: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> Case:
+    """int8 codes [rows, width] and a float32 scale per row."""
+    dtype, (rows, width) = DTYPES[dtypes][0], shape
+    return Case(
+        room="activation",
+        op=op,
+        label=label,
+        shape=shape,
+        dtypes=dtypes,
+        bytes_moved=nbytes(torch.Size(input_shape).numel(), dtype) + rows * (width + 4),
+        inputs=lambda: (random_tensor(input_shape, dtype, device, 3),),
+        ours=ours,
+        formula=formula,
+        has_out=False,
+        value=values,
+        tolerance=STEP["int8"],
     )

@@ -36,14 +36,17 @@ class Case:
     room: str
     op: str
     label: str  # "16M" or the model whose latent it is
-    shape: tuple[int, ...]  # of the result
+    shape: tuple[int, ...]  # of the result (of codes: of the tokens)
     dtypes: str  # key of DTYPES
     bytes_moved: int  # every input read once, the result written once
     inputs: Callable[[], tuple[Tensor, ...]]  # random, none zero
-    ours: Callable[..., Tensor]  # ours(out, *inputs), allocates for out=None
-    formula: Callable[..., Tensor]  # formula(*inputs), as one writes it in torch
+    ours: Callable[..., Tensor | tuple[Tensor, ...]]  # ours(out, *inputs), allocates for out=None
+    formula: Callable[..., Tensor | tuple[Tensor, ...]]  # formula(*inputs), as one writes it in torch
     formula_out: Callable[..., Tensor] | None = None  # the best eager form that writes to out
     has_out: bool = True  # ours can write to a tensor that is there
+    value: Callable[..., Tensor] | None = (
+        None  # value(*results) is compared; absent: the result, or the stack
+    )
     tolerance: float = 1e-5  # |ours - formula| <= tolerance * (1 + |formula|); 0: random, not compared
 
     @property
@@ -93,3 +96,26 @@ def row_values(shape: tuple[int, ...], device: str, seed: int) -> Tensor:
 def for_peers(coef: Tensor, ndim: int, dtype: torch.dtype) -> Tensor:
     """A row coefficient shaped to broadcast over `ndim` dimensions, in the dtype that eager computes in."""
     return coef.to(dtype).reshape(*coef.shape, *[1] * (ndim - coef.ndim))
+
+
+# --- eight-bit codes ---
+
+# tolerance of values of order one to twenty where two sides encode: a step of the code, at a tie
+STEP = {"int8": 0.3, "fp8": 0.15}
+_CODES = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+
+
+def quantize(x: Tensor, format: str, rotation: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of rows, as one writes it in torch; `rotation`: the matrix for groups of them."""
+    dtype, limit = _CODES[format]
+    if rotation is not None:
+        x = (x.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
+    x = x.float()
+    scales = x.abs().amax(-1, keepdim=True).clamp_min(1e-28) / limit
+    x = x / scales
+    return (x.round() if format == "int8" else x).to(dtype), scales[..., 0]
+
+
+def values(codes: Tensor, scales: Tensor) -> Tensor:
+    """What the codes stand for."""
+    return codes.float() * scales[..., None]

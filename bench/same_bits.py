@@ -1,4 +1,5 @@
-"""Every op on two devices, which must agree to the bit: the last side of a triangle.
+"""Every op on two devices, which must agree to the bit (where a row is summed up, within rounding): the last
+side of a triangle.
 
     python -m bench.same_bits [cpu cuda]
 
@@ -9,11 +10,11 @@ here the GPU must give them too, and so those of the emulated kernels. The input
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
-import torch
 from torch import Tensor
 
+from bench import same_regions
 from rfkernels import ops
 from tests.ops.cases import CASES, DTYPES, ROWS, SHAPES, VIDEO, Make
 
@@ -22,31 +23,39 @@ MORE_SHAPES = [(4, 1024), (2, 600_011)]
 
 
 def main(first: str, second: str) -> int:
-    """1 if an op gives other bits on `second` than on `first`."""
-    differing = count = 0
-    for name, op, args in calls():
+    """1 if an op gives other results on `second` than on `first`."""
+    wrong = count = 0
+    for name, op, args, tolerance in chain(calls(), same_regions.calls()):
         count += 1
-        here, there = (op(*moved(args, device)).cpu() for device in (first, second))
-        if not torch.equal(here, there):
-            differing += 1
-            print(f"{name}: {(here != there).sum()} of {here.numel()} elements differ")
-    print(f"{differing} of {count} calls differ between {first} and {second}")
-    return bool(differing)
+        here, there = (as_tuple(op(*moved(args, device))) for device in (first, second))
+        here, there = (tuple(t.cpu() for t in results) for results in (here, there))
+        if differing := same_regions.differing(here, there, tolerance):
+            wrong += 1
+            print(f"{name}: {differing} of {sum(t.numel() for t in here)} elements differ (by {tolerance})")
+    print(f"{wrong} of {count} calls differ between {first} and {second}")
+    return bool(wrong)
 
 
-def calls() -> Iterator[tuple[str, Callable[..., Tensor], tuple]]:
-    """What a call is, its op, and its arguments on the CPU."""
+def calls() -> Iterator[tuple[str, Callable[..., Tensor], tuple, float]]:
+    """What a call is, its op, its arguments on the CPU, its tolerance."""
     layouts = [(shape, None) for shape in (*SHAPES, *MORE_SHAPES)] + [(VIDEO, rows) for rows in ROWS]
     for (shape, rows), (state, velocity) in product(layouts, DTYPES):
         make = partial(Make, shape, state, velocity, "cpu", rows)
         where = f"{shape} {state} {velocity}, scalars {'per sample' if rows is None else rows}"
         for case in CASES:
-            yield f"{case} {where}", case.op, case.inputs(make())
-        yield f"philox_normal {where}", partial(ops.philox_normal, shape, dtype=state), (make().keys,)
+            yield f"{case} {where}", case.op, case.inputs(make()), 0.0
+        yield f"philox_normal {where}", partial(ops.philox_normal, shape, dtype=state), (make().keys,), 0.0
 
 
-def moved(args: tuple, device: str) -> tuple:
-    return tuple([t.to(device) for t in a] if isinstance(a, list) else a.to(device) for a in args)
+def moved(value, device: str):
+    """The arguments with their tensors on the device."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(v, device) for v in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
 
 
 if __name__ == "__main__":

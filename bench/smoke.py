@@ -4,10 +4,13 @@ compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.smoke cuda
 """
 
 import sys
+from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
 
+from bench import smoke_regions
 from rfkernels import ops
 
 # batch, *rest: one element, a ragged tail, several blocks, frames of a video
@@ -18,20 +21,26 @@ DTYPES = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torc
 def main(device: str) -> int:
     """1 if a result is off by more than rounding explains."""
     failures = 0
-    for shape in SHAPES:
-        for state, velocity in DTYPES:
-            for name, (got, expected) in results(shape, state, velocity, device).items():
-                limit = 1e-5 if state == torch.float32 else 1e-2
-                error = ((got.double() - expected).abs() / (1 + expected.abs())).max().item()
-                if not (got.isfinite().all() and error <= limit):
-                    failures += 1
-                    print(
-                        f"{name} {tuple(shape)} {state} {velocity}: off by {error:.2e}, at most {limit:.0e}"
-                    )
+    for name, got, expected, limit in everything(device):
+        error = ((got.double() - expected).abs() / (1 + expected.abs())).max().item()
+        if not (got.isfinite().all() and error <= limit):
+            failures += 1
+            print(f"{name}: off by {error:.2e}, at most {limit:.0e}")
     print(
         f"{failures} of the results are wrong on {device}" if failures else f"all ops are right on {device}"
     )
     return 1 if failures else 0
+
+
+def everything(device: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """Name, ours, the definition in float64, and the tolerance."""
+    for shape, (state, velocity) in product(SHAPES, DTYPES):
+        limit = 1e-5 if state == torch.float32 else 1e-2
+        for name, (got, expected) in results(shape, state, velocity, device).items():
+            yield f"{name} {tuple(shape)} {state} {velocity}", got, expected, limit
+    for shape, dtypes in product(smoke_regions.SHAPES, smoke_regions.DTYPES):
+        for name, *rest in smoke_regions.results(shape, *dtypes, device):
+            yield f"{name} {tuple(shape)} {dtypes[0]} {dtypes[1]}", *rest
 
 
 def results(

@@ -156,3 +156,14 @@ def test_compiled_sides_write_where_they_should(monkeypatch: pytest.MonkeyPatch)
 def test_the_copy_is_measured() -> None:
     found = harness.measure_copy("cpu", PLAN, size=1 << 16)
     assert set(found) == {"copy.torch", "copy.other"} and all(s.median > 0 for s in found.values())
+
+
+def test_results_of_other_dtypes_are_compared_by_their_values() -> None:
+    def codes(factor: float):
+        return lambda *args: ((args[-2] + args[-1]).to(torch.int8), torch.tensor(factor))
+
+    parts = {"has_out": False, "formula_out": None, "value": lambda codes, scale: codes * scale}
+    case = toy_case(ours=codes(0.5), formula=codes(0.5), **parts)
+    assert {"ours.new", "eager.new"} <= set(harness.measure(case, "cpu", PLAN)[0].sides)
+    with pytest.raises(ValueError, match=r"ours\.new must compute the formula"):
+        harness.measure(replace(case, ours=codes(0.6)), "cpu", PLAN)

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from bench import activation, cases, embedding, guidance, harness, noise, overhead, rope, smoke, solver
+from bench import activation, cases, embedding, guidance, harness, noise, norm, overhead, rope, smoke, solver
+from rfkernels.ops._register import Op
 
 ROOMS = {
     "activation": activation,
     "embedding": embedding,
     "guidance": guidance,
     "noise": noise,
+    "norm": norm,
     "rope": rope,
     "solver": solver,
 }
@@ -33,7 +35,9 @@ def small_cases() -> list[cases.Case]:
 def test_bytes_are_those_of_the_tensors_and_sides_agree(case: cases.Case) -> None:
     plan = harness.Plan(seconds=0, min_rounds=1, max_rounds=1, settle=0, cold_bytes=0, compile=False)
     (slot,) = slots = harness.make_slots(case, 1, "cpu")
-    assert case.bytes_moved == slot.out.nbytes + sum(t.nbytes for t in slot.inputs)
+    results = case.ours(None, *slot.inputs)
+    tensors = [*slot.inputs, *([results] if isinstance(results, torch.Tensor) else results)]
+    assert case.bytes_moved == sum(t.nbytes for t in tensors)
     assert slot.out.shape == case.shape and all(t.count_nonzero() == t.numel() for t in slot.inputs)
     with torch.no_grad():
         calls, _ = harness.case_calls(case, slots, plan)  # raises if a side computes something else
@@ -79,10 +83,30 @@ def test_smoke_program_passes(device: str, capsys: pytest.CaptureFixture) -> Non
     assert capsys.readouterr().out == f"all ops are right on {device}\n"
 
 
+@pytest.mark.parametrize("name", ["affine_step", "gated_residual", "norm_modulate_quantize"])
 def test_smoke_program_sees_a_wrong_result(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    real = smoke.ops.affine_step
-    monkeypatch.setattr(smoke.ops, "affine_step", lambda *args: 1.1 * real(*args))
+    real = getattr(smoke.ops, name)
+
+    def wrong(*args, **options):
+        result = real(*args, **options)
+        return 1.1 * result if isinstance(result, torch.Tensor) else (*result[:-1], 1.1 * result[-1])
+
+    monkeypatch.setattr(smoke.ops, name, wrong)
     assert smoke.main("cpu") == 1
-    assert "affine_step (1, 1)" in capsys.readouterr().out
+    assert f"\n{name}" in "\n" + capsys.readouterr().out
+
+
+def test_smoke_program_runs_every_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: set[str] = set()
+    real = Op.__call__
+
+    def noted(op: Op, *args, out=None):
+        run.add(op.name)
+        return real(op, *args, out=out)
+
+    monkeypatch.setattr(Op, "__call__", noted)
+    assert smoke.main("cpu") == 0
+    backward = {name for name in smoke.ops.OPS if name.endswith("_backward")}  # called by autograd
+    assert run | backward == set(smoke.ops.OPS)

@@ -58,6 +58,6 @@ def test_every_cuda_file_has_run_somewhere(emulated):
     here, hopper = set(), set()
     for path in ROOT.glob("csrc/*/*.cu"):
         (hopper if path.stem.endswith("_sm90") else here).add(path.stem)
-    assert here <= set(ops.OPS) | {"noise"}
+    assert here <= set(ops.OPS) | {"noise", "ada_norm"}  # files of several ops
     records = "".join(p.read_text() for p in ROOT.glob("bench/results/*.md"))
     assert not [stem for stem in hopper if stem not in records]

@@ -1,0 +1,51 @@
+"""The calls that `bench.same_bits` compares on two devices: CPU kernels and emulated ones here."""
+
+import pytest
+import torch
+
+from bench import same_regions
+from bench.same_bits import as_tuple
+from rfkernels import ops
+from rfkernels.ops import embedding
+from rfkernels.ops._register import Op
+
+CALLS = list(same_regions.calls())
+
+
+def run_emulated(emulated, op: Op, args: tuple) -> tuple[torch.Tensor, ...]:
+    results = as_tuple(op.empty(*args))
+    outs, left = results, args
+    if op.name.endswith("_quantize"):
+        *tokens, codes, scales = results
+        codes = codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
+        outs, left = (
+            (*tokens, codes, scales),
+            (*args[:-3], *args[-2:]),
+        )  # the dtype of the codes says the format
+    if op.name == "timestep_embedding":
+        t, dim, scale, max_period, shift, flip, _ = args
+        left = t, embedding._frequencies(dim // 2, max_period, shift, t.device), scale, flip
+    getattr(emulated, op.name)(*outs, *left)
+    return results
+
+
+@pytest.mark.parametrize("name", sorted({op.name for _, op, _, _ in CALLS}))
+def test_kernels_agree_as_the_devices_must(emulated, name):
+    for what, op, args, tolerance in CALLS:
+        if op.name == name:
+            here, there = as_tuple(op(*args)), run_emulated(emulated, op, args)
+            assert same_regions.differing(here, there, tolerance) == 0, what
+
+
+def test_every_region_is_called():
+    others = {"affine_step", "cfg_step", "linear_combination", "taylor_step", "philox_normal", "renoise"}
+    assert {op.name for _, op, _, _ in CALLS} == set(ops.OPS) - others
+
+
+def test_a_bit_counts_where_none_may_differ():
+    x = torch.ones(3, 4)
+    other = x.clone()
+    other[0, 0] = 1.0000001
+    assert same_regions.differing((x,), (other,), 0.0) == 1
+    assert same_regions.differing((x,), (other,), 1e-6) == 0
+    assert same_regions.differing((x,), (torch.full_like(x, torch.nan),), 1e-6) == 12
