@@ -232,8 +232,8 @@ def test_matches_definition_fuzzed(name, data):
 
 
 def _refusals():
-    x, y, row = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.randn(16)
-    f64, index = row.double(), torch.zeros(2, 5, dtype=torch.int64)
+    x, row = torch.randn(2, 5, 16), torch.randn(16)
+    f64 = row.double()
     yield (
         "norm_modulate",
         (x,),
@@ -283,6 +283,11 @@ def _refusals():
     )
     yield "norm_modulate", (x,), dict(eps=-1.0), "eps must be finite and not negative, got -1"
     yield "norm_modulate", (x,), dict(eps=float("nan")), "eps must be finite"
+
+
+def _refusals_of_index():
+    x, row = torch.randn(2, 5, 16), torch.randn(16)
+    index = torch.zeros(2, 5, dtype=torch.int64)
     yield "norm_modulate", (x,), dict(index=index), "index needs a scale, a shift or a gate"
     yield "norm_modulate", (x,), dict(index=index.float(), scale=x[0]), "index must be i64 or i32"
     yield "norm_modulate", (x,), dict(index=index, scale=row), "scale must be \\[groups, 16\\]"
@@ -295,6 +300,10 @@ def _refusals():
     yield "norm_modulate", (x,), dict(index=index + 5, scale=x[0]), "index must be in 0..4, got 5 for token 0"
     yield "norm_modulate", (x,), dict(index=index - 1, scale=x[0]), "index must be in 0..4, got -1"
     yield "norm_modulate", (x,), dict(index=index, scale=x[0], shift=x[0, :3]), "tables of as many rows"
+
+
+def _refusals_of_two():
+    x, y = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
     yield "gated_residual", (x, y[:, :4]), {}, "y must be like x f32\\[2, 5, 16\\] cpu, got f32\\[2, 4, 16\\]"
     yield "gated_residual", (x, y.bfloat16()), {}, "y must be like x"
     yield "gated_residual", (x, y), dict(gate_activation="relu"), "gate_activation must be 'none' or 'tanh'"
@@ -313,7 +322,9 @@ def _refusals():
     )
 
 
-@pytest.mark.parametrize("name, tokens, options, message", list(_refusals()))
+@pytest.mark.parametrize(
+    "name, tokens, options, message", [*_refusals(), *_refusals_of_index(), *_refusals_of_two()]
+)
 def test_refuses_what_does_not_fit(name, tokens, options, message):
     with pytest.raises(ValueError, match=message):
         run(name, "cpu", tokens, **options)
