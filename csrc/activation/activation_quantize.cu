@@ -77,7 +77,7 @@ struct QuantizeVectorsCuda {
 
   template <typename T, typename Op>
   void operator()(const RowPlan& plan, const Vectors<T, Op>& vectors, Op op) const {
-    constexpr int K = sizeof(T) == 8 ? 2 : 8;
+    constexpr int K = sizeof(T) == 8 ? 2 : 5;
     bool vector = plan.cols % kPack == 0 && quantized.codes.aligned(8);
     for (const RowVectors<const T>& in : vectors.in) vector &= in.aligned(16);
     for (const ColumnParam& param : vectors.param) vector &= uintptr_t(param.data) % 16 == 0;

@@ -20,15 +20,14 @@ template <Activation K> using Kind = std::integral_constant<Activation, K>;
 // silu       x sigmoid(x)
 // relu2      max(x, 0)^2
 template <typename A> RFK_HD A activate(Activation kind, A x) {
-  switch (kind) {
-    case Activation::gelu: return x * normal(x).cdf;
-    case Activation::gelu_tanh:
-      return x / detail::one_plus_exp(x * (A(-1.5957691216057308) - A(0.07135481627260025) * (x * x)));
-    case Activation::silu: return x / detail::one_plus_exp(-x);
-    case Activation::relu2: break;
+  if (kind == Activation::gelu) return x * normal(x).cdf;
+  if (kind == Activation::relu2) {
+    x = detail::select(x < 0, A(0), x);  // NaN stays
+    return x * x;
   }
-  x = detail::select(x < 0, A(0), x);  // NaN stays
-  return x * x;
+  const A exponent =
+      kind == Activation::silu ? -x : x * (A(-1.5957691216057308) - A(0.07135481627260025) * (x * x));
+  return x / detail::one_plus_exp(exponent);
 }
 
 template <typename A> struct Activated {
