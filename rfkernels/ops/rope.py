@@ -63,11 +63,11 @@ def qkv_norm_rope(
     rotation: Tensor | tuple[Tensor, Tensor] | None = None,
     rotate_from: int = 0,
     eps: float = 1e-6,
-    layout: str = "bhld",
+    layout: str = "blhd",
     tier: str = "fast",
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Returns the queries, keys and values of an attention, `[batch, heads, tokens, d]`.
+    r"""Returns the queries, keys and values of an attention, `[batch, tokens, heads, d]`.
 
     Per head, queries and keys become :math:`R_l\,(w \odot x / \sqrt{\mathrm{mean}(x^2) + \epsilon})`, where
     token l turns its pairs, :math:`R_l: (a, b) \mapsto (a \cos - b \sin, b \cos + a \sin)`; values are copied
@@ -87,7 +87,9 @@ def qkv_norm_rope(
         rotate_from: the first token of the joint sequence that is rotated, by row 0; tokens before it and
             behind the last row are not.
         eps: added to the mean square.
-        layout: "blhd" gives `[batch, tokens, heads, d]`.
+        layout: "bhld" gives `[batch, heads, tokens, d]`. torch's attention takes views of either, and answers
+            in the memory of its queries: of "blhd" `attend(*(t.transpose(1, 2) for t in (q, k, v)))
+            .transpose(1, 2).flatten(2)` is a view, of "bhld" a copy.
         tier: "fast" rounds once, at the end; "exact" rounds after the norm too, as torch.nn.RMSNorm does;
             "exact_before_weight" before and after the weight, as diffusers' RMSNorm does.
         out: where to write (q, k, v), through any strides but for the last axis; no gradient then.
@@ -142,7 +144,7 @@ def _or_empty(weight: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def qkv_norm_rope_reference(
-    tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout="bhld", tier="fast"
+    tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout="blhd", tier="fast"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of `qkv_norm_rope` in plain torch, on the arguments of the registered op."""
     joint, row = [], -rotate_from

@@ -30,7 +30,7 @@ def double_block(
         normed(joined(n, attn.to_q, attn.to_k, attn.to_v), attn.q_rms_norm, attn.k_rms_norm),
         normed(joined(c_n, attn.to_q_t, attn.to_k_t, attn.to_v_t), attn.q_rms_norm_t, attn.k_rms_norm_t),
     ]
-    q, k, v = ops.qkv_norm_rope(streams, attn.heads, rotation=rotation, layout="blhd")
+    q, k, v = ops.qkv_norm_rope(streams, attn.heads, rotation=rotation)
     y, c_y = attend(q, k, v).split([image.shape[1], text.shape[1]], 1)
 
     image, n = ops.gated_residual_norm_modulate(image, attn.to_out(y), gate, scale_mlp, shift_mlp)
@@ -47,7 +47,7 @@ def single_block(block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor) ->
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
     n = ops.norm_modulate(x, scale, shift)
     qkv = normed(joined(n, attn.to_q, attn.to_k, attn.to_v), attn.q_rms_norm, attn.k_rms_norm)
-    y = attn.to_out(attend(*ops.qkv_norm_rope(qkv, attn.heads, rotation=rotation, layout="blhd")))
+    y = attn.to_out(attend(*ops.qkv_norm_rope(qkv, attn.heads, rotation=rotation)))
     x, n = ops.gated_residual_norm_modulate(x, y, gate, scale_mlp, shift_mlp)
     return ops.gated_residual(x, block.ff_i(n), gate_mlp)
 

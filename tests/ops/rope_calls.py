@@ -15,7 +15,7 @@ DEFAULTS = {
     "rotation": None,
     "rotate_from": 0,
     "eps": 1e-6,
-    "layout": "bhld",
+    "layout": "blhd",
     "tier": "fast",
 }
 _POISON = {True: torch.nan, False: -1}
