@@ -94,16 +94,16 @@ void qkv_norm_rope(Stream stream, const TensorView& q, const TensorView& k, cons
                    const std::vector<TensorView>& tensors, const std::vector<TensorView>& weights,
                    const std::optional<TensorView>& rotation, int64_t per_stream, int64_t heads,
                    int64_t kv_heads, int64_t rotate_from, double eps, const std::string& layout,
-                   const std::string& tier) {
+                   const std::string& tier, bool with_v) {
   const char* op = "qkv_norm_rope";
   if (q.device.type == DeviceType::cpu) {
     const HeadArgs args{op, tensors, weights, rotation, per_stream, heads, kv_heads, -rotate_from, eps};
-    HeadPlan plan = plan_qkv_norm_rope(q, k, v, args, rotate_from, layout, tier);
+    HeadPlan plan = plan_qkv_norm_rope(q, k, v, args, rotate_from, layout, tier, with_v);
     return run(plan);
   }
   if constexpr (kWithCuda)
     return qkv_norm_rope_cuda(stream, q, k, v, tensors, weights, rotation, per_stream, heads, kv_heads,
-                              rotate_from, eps, layout, tier);
+                              rotate_from, eps, layout, tier, with_v);
   fail_without_cuda(op);
 }
 

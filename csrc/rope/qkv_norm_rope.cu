@@ -67,11 +67,11 @@ void qkv_norm_rope_cuda(Stream stream, const TensorView& q, const TensorView& k,
                         const std::vector<TensorView>& tensors, const std::vector<TensorView>& weights,
                         const std::optional<TensorView>& rotation, int64_t per_stream, int64_t heads,
                         int64_t kv_heads, int64_t rotate_from, double eps, const std::string& layout,
-                        const std::string& tier) {
+                        const std::string& tier, bool with_v) {
   constexpr int kVectors = 4;  // of a group at least: the next is loaded meanwhile
   const char* op = "qkv_norm_rope";
   const HeadArgs args{op, tensors, weights, rotation, per_stream, heads, kv_heads, -rotate_from, eps};
-  HeadPlan plan = plan_qkv_norm_rope(q, k, v, args, rotate_from, layout, tier);
+  HeadPlan plan = plan_qkv_norm_rope(q, k, v, args, rotate_from, layout, tier, with_v);
   const int lanes = lanes_for(plan.d), groups = kThreads / lanes;
   const int tile = int(std::max<int64_t>(1, kVectors * groups / heads));
   int64_t blocks = 0;

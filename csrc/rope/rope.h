@@ -21,12 +21,12 @@ namespace rfk {
 
 // q, k, v: the streams one after the other along the tokens, q and k normalised per head and rotated:
 // tokens rotate_from .. rotate_from + rows - 1 of the joint sequence. tier: where a 16-bit result rounds,
-// "fast", "exact" or "exact_before_weight" (head.h).
+// "fast", "exact" or "exact_before_weight" (head.h). Without with_v v is [0] and values are not read.
 void qkv_norm_rope(Stream stream, const TensorView& q, const TensorView& k, const TensorView& v,
                    const std::vector<TensorView>& tensors, const std::vector<TensorView>& weights,
                    const std::optional<TensorView>& rotation, int64_t per_stream, int64_t heads,
                    int64_t kv_heads, int64_t rotate_from, double eps, const std::string& layout,
-                   const std::string& tier);
+                   const std::string& tier, bool with_v);
 
 // The gradient of one stream, whose tokens begin at `start` of the joint sequence: d_tokens
 // [batch, tokens, (heads + 2 kv_heads) d] of q, k and v side by side; d_weights [splits, 2, d] in the
@@ -44,7 +44,7 @@ void qkv_norm_rope_cuda(Stream stream, const TensorView& q, const TensorView& k,
                         const std::vector<TensorView>& tensors, const std::vector<TensorView>& weights,
                         const std::optional<TensorView>& rotation, int64_t per_stream, int64_t heads,
                         int64_t kv_heads, int64_t rotate_from, double eps, const std::string& layout,
-                        const std::string& tier);
+                        const std::string& tier, bool with_v);
 void qkv_norm_rope_backward_cuda(Stream stream, const TensorView& d_tokens, const TensorView& d_weights,
                                  const std::optional<TensorView>& dq, const std::optional<TensorView>& dk,
                                  const std::optional<TensorView>& dv, const std::vector<TensorView>& tensors,

@@ -89,13 +89,35 @@ def qkv_norm_rope(
         eps: added to the mean square.
         layout: "bhld" gives `[batch, heads, tokens, d]`. torch's attention takes views of either, and answers
             in the memory of its queries: of "blhd" `attend(*(t.transpose(1, 2) for t in (q, k, v)))
-            .transpose(1, 2).flatten(2)` is a view, of "bhld" a copy.
+            .transpose(1, 2).flatten(2)` is a view, of "bhld" a copy. Where no gradient is recorded, v of a
+            single stream in "blhd" is a view of the input, which saves copying it.
         tier: "fast" rounds once, at the end; "exact" rounds after the norm too, as torch.nn.RMSNorm does;
             "exact_before_weight" before and after the weight, as diffusers' RMSNorm does.
         out: where to write (q, k, v), through any strides but for the last axis; no gradient then.
     """
     arguments = _arguments(qkv, heads, kv_heads, q_weight, k_weight, rotation, rotate_from, eps, layout, tier)
+    if out is None and _v_may_be_a_view(*arguments):
+        q, k, _ = _qkv_norm_rope(*arguments[:-1], False)
+        return q, k, _values(*arguments[0], heads=heads, kv_heads=k.shape[2])
     return _qkv_norm_rope(*arguments, out=None if out is None else tuple(out))
+
+
+def _v_may_be_a_view(tensors, weights, rotation, per_stream, *numbers) -> bool:
+    """A single stream whose layout is that of the result, where no gradient is recorded."""
+    alone = len(tensors) == per_stream and "blhd" in numbers
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights))
+    return alone and not recorded and not torch.compiler.is_compiling()
+
+
+def _values(*stream: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """v of a stream as a view, which takes no part in autograd."""
+    v = _apart(stream[0] if len(stream) == 1 else stream, heads, kv_heads)[2]
+    return _split(v, kv_heads).detach()
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """`[batch, tokens, heads, d]`, a view."""
+    return x if x.ndim == 4 else x.unflatten(-1, (heads, x.shape[-1] // heads))
 
 
 def _arguments(qkv, heads, kv_heads, q_weight, k_weight, rotation, rotate_from, eps, layout, tier) -> tuple:
@@ -116,7 +138,7 @@ def _arguments(qkv, heads, kv_heads, q_weight, k_weight, rotation, rotate_from, 
     if isinstance(rotation, (tuple, list)):
         rotation = torch.stack(tuple(rotation), -1)
     per_stream = 1 if fused else 3
-    return tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout, tier
+    return tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout, tier, True
 
 
 def _apart(stream: Stream, heads: int, kv_heads: int) -> Sequence[Tensor]:
@@ -144,7 +166,17 @@ def _or_empty(weight: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def qkv_norm_rope_reference(
-    tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout="blhd", tier="fast"
+    tensors,
+    weights,
+    rotation,
+    per_stream,
+    heads,
+    kv_heads,
+    rotate_from,
+    eps,
+    layout="blhd",
+    tier="fast",
+    with_v=True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of `qkv_norm_rope` in plain torch, on the arguments of the registered op."""
     joint, row = [], -rotate_from
@@ -152,8 +184,7 @@ def qkv_norm_rope_reference(
         stream = tensors[per_stream * i : per_stream * (i + 1)]
         parts = _apart(stream[0] if per_stream == 1 else tuple(stream), heads, kv_heads)
         q, k, v = (
-            part if part.ndim == 4 else part.unflatten(-1, (count, part.shape[-1] // count))
-            for part, count in zip(parts, (heads, kv_heads, kv_heads), strict=True)
+            _split(part, count) for part, count in zip(parts, (heads, kv_heads, kv_heads), strict=True)
         )
         q, k = (
             _rotate(_norm(x, w, eps, tier), rotation, row)
@@ -161,8 +192,9 @@ def qkv_norm_rope_reference(
         )
         joint.append((q, k, v))
         row += q.shape[1]
-    results = (torch.cat(parts, 1).to(tensors[0].dtype) for parts in zip(*joint, strict=True))
-    return tuple(x.transpose(1, 2) if layout == "bhld" else x for x in results)
+    q, k, v = (torch.cat(parts, 1).to(tensors[0].dtype) for parts in zip(*joint, strict=True))
+    q, k, v = (x.transpose(1, 2) if layout == "bhld" else x for x in (q, k, v))
+    return q, k, v if with_v else v.new_empty(0)
 
 
 def _norm(x: Tensor, weight: Tensor | None, eps: float, tier: str) -> Tensor:
@@ -200,12 +232,15 @@ def _head_dim(q: Tensor, per_stream: int, heads: int, kv_heads: int) -> int:
     return q.shape[3] if q.ndim == 4 else q.shape[2] // (heads + 2 * kv_heads if per_stream == 1 else heads)
 
 
-def _empty(tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout, tier):
+def _empty(tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout, tier, with_v):
     q = tensors[0]
     d = _head_dim(q, per_stream, heads, kv_heads)
     length = sum(t.shape[1] for t in tensors[::per_stream])
     shape = lambda n: (q.shape[0], n, length, d) if layout == "bhld" else (q.shape[0], length, n, d)
-    return tuple(q.new_empty(shape(n)) for n in (heads, kv_heads, kv_heads))
+    return (
+        *(q.new_empty(shape(n)) for n in (heads, kv_heads)),
+        q.new_empty(shape(kv_heads) if with_v else 0),
+    )
 
 
 def _empty_backward(
@@ -263,9 +298,11 @@ def _no_gaps(grad: Tensor | None) -> Tensor | None:
     return grad if grad is None or grad.shape[-1] == 1 or grad.stride(-1) == 1 else grad.contiguous()
 
 
-def _backward(grads, needs, streams, per_stream, rotation, heads, kv_heads, rotate_from, eps, layout, *saved):
+def _backward(
+    grads, needs, streams, per_stream, rotation, heads, kv_heads, rotate_from, eps, layout, with_v, *saved
+):
     tensors, weights = saved[: streams * per_stream], saved[streams * per_stream :]
-    grads = [_no_gaps(g) for g in grads]
+    grads = [_no_gaps(g) for g in (grads if with_v else (*grads[:2], None))]
     d_tensors, d_weights, start = [], [], 0
     for i in range(streams):
         mine = list(tensors[per_stream * i : per_stream * (i + 1)])
@@ -282,17 +319,18 @@ def _backward(grads, needs, streams, per_stream, rotation, heads, kv_heads, rota
             sums = sums.sum(0)
             d_weights += [s.to(w.dtype) if w.numel() else None for s, w in zip(sums, of_mine, strict=True)]
         start += mine[0].shape[1]
-    return d_tensors, d_weights, *[None] * 8
+    return d_tensors, d_weights, *[None] * 9
 
 
-def _saves(out, tensors, weights, rotation, per_stream, *numbers_and_tier):
-    return len(tensors) // per_stream, per_stream, rotation, *numbers_and_tier[:-1], *tensors, *weights
+def _saves(out, tensors, weights, rotation, per_stream, *others):
+    *numbers, _, with_v = others  # no tier
+    return len(tensors) // per_stream, per_stream, rotation, *numbers, with_v, *tensors, *weights
 
 
 _qkv_norm_rope = define(
     "qkv_norm_rope",
     "Tensor[] tensors, Tensor[] weights, Tensor? rotation, int per_stream, int heads, int kv_heads, "
-    "int rotate_from, float eps, str layout, str tier",
+    "int rotate_from, float eps, str layout, str tier, bool with_v",
     _C.qkv_norm_rope,
     _empty,
     qkv_norm_rope_reference,

@@ -124,6 +124,57 @@ def in_form(stream, form, d):
 
 
 @every_kernel
+@pytest.mark.parametrize("tier", ["fast", "exact"])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_values_may_be_left_out(streams, tier, device):
+    make, d = Make(BF16, device), 64
+    given = [make.normal(2, 9, 8 * d) for _ in range(streams)]
+    options = {"kv_heads": 2, "q_weight": make.weight(d), "rotation": make.rotation(9 * streams, d=d)}
+    q, k, v = run(device, given, 4, with_v=False, tier=tier, **options)
+    assert v.shape == (0,)
+    assert_same_bits((q, k), run(device, given, 4, tier=tier, **options)[:2])
+
+
+@every_device
+@pytest.mark.parametrize("form", ["fused", "apart", "split", "listed"])
+def test_values_of_one_stream_are_a_view(form, device):
+    make, d = Make(BF16, device), 64
+    wide = make.normal(2, 9, 8 * d + 40)
+    qkv = wide[..., : 8 * d]
+    options = {"kv_heads": 2, "q_weight": make.weight(d), "rotation": make.rotation(9, d=d)}
+    given = [qkv] if form == "listed" else in_form(qkv, form, d)
+    into = [torch.empty(2, 9, n, d, dtype=BF16, device=wide.device) for n in (4, 2, 2)]
+    expected = ops.qkv_norm_rope(given, 4, out=tuple(into), **options)
+    results = ops.qkv_norm_rope(given, 4, **options)
+    assert_same_bits(results, expected)
+    assert results[2].data_ptr() == wide[..., 6 * d :].data_ptr()
+    storages = {t.untyped_storage().data_ptr() for t in (*results, wide)}
+    assert len(storages) == 3  # q and k are their own
+    wide.requires_grad_()
+    with torch.no_grad():
+        v = ops.qkv_norm_rope(in_form(wide[..., : 8 * d], "fused", d), 4, **options)[2]
+    assert v.untyped_storage().data_ptr() in storages and not v.requires_grad
+
+
+@every_device
+@pytest.mark.parametrize("why", ["gradient", "gradient of a weight", "streams", "layout", "out"])
+def test_values_are_copied_otherwise(why, device):
+    make, d = Make(F32, device), 16
+    qkv, options = inputs(make, 2, 5, 4, 2, d)
+    given = [qkv, qkv] if why == "streams" else qkv
+    options["layout"] = "bhld" if why == "layout" else "blhd"
+    if why == "gradient of a weight":
+        options["q_weight"].requires_grad_()
+    if why == "gradient":
+        given = qkv.clone().requires_grad_()
+    out = tuple(torch.empty_like(t) for t in ops.qkv_norm_rope(given, 4, **options)) if why == "out" else None
+    v = ops.qkv_norm_rope(given, 4, out=out, **options)[2]
+    base = given if why == "gradient" else qkv
+    assert v.untyped_storage().data_ptr() != base.untyped_storage().data_ptr()
+    assert v.requires_grad == ("gradient" in why)
+
+
+@every_kernel
 def test_one_weight_serves_all_streams_and_four_streams_fit(device):
     make = Make(F32, device)
     streams = [make.normal(1, n, 3 * 2 * 8) for n in (1, 2, 3, 4)]
