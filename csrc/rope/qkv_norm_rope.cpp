@@ -12,6 +12,18 @@ namespace {
 
 constexpr int64_t kTokens = 16;  // of one task: outweighs taking it
 
+// 1 / rms of a token, over all heads; x is overwritten.
+template <typename T>
+RFK_HD acc_t<T> full_inverse_rms(const HeadPlan& plan, const HeadPart& part, int64_t b, int64_t l,
+                                 acc_t<T>* x) {
+  acc_t<T> squares = 0;
+  for (int h = 0; h < part.heads; ++h) {
+    heads_cpu::load_vector(x, part.x.at<T>(b, l, h), plan.d);
+    squares += heads_cpu::dot(x, x, plan.d);
+  }
+  return inverse_rms(squares, part.heads * plan.d, acc_t<T>(plan.eps));
+}
+
 // Tokens begin .. end - 1 of a part, counted through its samples.
 template <typename T, typename M, Tier kTier>
 RFK_SIMD void rope_tokens(const HeadPlan& plan, const HeadPart& part, int64_t begin, int64_t end, bool past) {
@@ -22,11 +34,13 @@ RFK_SIMD void rope_tokens(const HeadPlan& plan, const HeadPart& part, int64_t be
   alignas(64) T buffer[kMaxHeadDim];
   const int d = plan.d;
   const M* weight = static_cast<const M*>(part.weight);
+  const bool full_width = weight && plan.full_width;
   if (weight) load_vector(w.v, weight, d);
   int64_t b = begin / part.length, l = begin % part.length;
   for (int64_t t = begin; t < end; ++t) {
     const A* angles = plan.row<A>(part, b, l);
     if (angles) row.set(angles, d, Turn::forth);
+    A inv_rms = full_width ? full_inverse_rms<T>(plan, part, b, l, x.v) : A(0);
     for (int h = 0; h < part.heads; ++h) {
       const T* from = part.x.at<T>(b, l, h);
       T* to = part.y.at<T>(b, l, h);
@@ -36,7 +50,10 @@ RFK_SIMD void rope_tokens(const HeadPlan& plan, const HeadPart& part, int64_t be
       } else {
         load_vector(x.v, from, d);
         if (weight) {
-          const A inv_rms = inverse_rms(dot(x.v, x.v, d), d, A(plan.eps));
+          if (full_width)
+            load_vector(w.v, weight + h * d, d);
+          else
+            inv_rms = inverse_rms(dot(x.v, x.v, d), d, A(plan.eps));
           for (int i = 0; i < d; i += kChunk) {
 #pragma omp simd
             for (int j = i; j < i + kChunk; ++j) x.v[j] = normalise<T, M>(x.v[j], inv_rms, w.v[j], kTier);

@@ -69,9 +69,10 @@ def qkv_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Returns the queries, keys and values of an attention, `[batch, tokens, heads, d]`.
 
-    Per head, queries and keys become :math:`R_l\,(w \odot x / \sqrt{\mathrm{mean}(x^2) + \epsilon})`, where
-    token l turns its pairs, :math:`R_l: (a, b) \mapsto (a \cos - b \sin, b \cos + a \sin)`; values are copied
-    into the layout. Every byte is read and written once; several streams need no concatenation.
+    Queries and keys become :math:`R_l\,(w \odot x / \sqrt{\mathrm{mean}(x^2) + \epsilon})`, where token l
+    turns its pairs, :math:`R_l: (a, b) \mapsto (a \cos - b \sin, b \cos + a \sin)`, and the mean is over a
+    head or over all heads of the token; values are copied into the layout. Every byte is read and written
+    once; several streams need no concatenation.
 
     Args:
         qkv: `[batch, tokens, (heads + 2 kv_heads) d]`, the fused projection, through any strides but for the
@@ -80,8 +81,9 @@ def qkv_norm_rope(
             even, at most 256.
         heads: of the queries.
         kv_heads: of keys and values; divides `heads`, which is the default.
-        q_weight, k_weight: `[d]`, or a list, one per stream; None: no norm. Of the dtype of the tokens, or
-            float32 beside 16-bit tokens.
+        q_weight, k_weight: `[d]` for a norm per head; or, all of them, `[heads d]` and `[kv_heads d]` for one
+            over the full width (Wan, HiDream). Or lists, one per stream; None: no norm. Of the dtype of the
+            tokens, or float32 beside 16-bit tokens.
         rotation: `[rows, d/2, 2]` or `[batch, rows, d/2, 2]` from `rotary_table`, float32 (for float64 tokens
             float64), or a tuple (cos, sin), each `[rows, d/2]`. It gets no gradient.
         rotate_from: the first token of the joint sequence that is rotated, by row 0; tokens before it and
@@ -200,6 +202,8 @@ def qkv_norm_rope_reference(
 def _norm(x: Tensor, weight: Tensor | None, eps: float, tier: str) -> Tensor:
     if weight is None or not weight.numel():
         return x
+    if weight.numel() != x.shape[-1]:  # over the full width
+        return _norm(x.flatten(2), weight, eps, tier).unflatten(2, x.shape[2:])
     wide = x.to(_accumulator(x.dtype))
     n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if tier == "exact_before_weight":
@@ -232,6 +236,11 @@ def _head_dim(q: Tensor, per_stream: int, heads: int, kv_heads: int) -> int:
     return q.shape[3] if q.ndim == 4 else q.shape[2] // (heads + 2 * kv_heads if per_stream == 1 else heads)
 
 
+def _norm_widths(weights: Sequence[Tensor], d: int, heads: int, kv_heads: int) -> tuple[int, int]:
+    """The lengths of the weights of q and k."""
+    return (heads * d, kv_heads * d) if any(w.numel() > d for w in weights) else (d, d)
+
+
 def _empty(tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout, tier, with_v):
     q = tensors[0]
     d = _head_dim(q, per_stream, heads, kv_heads)
@@ -252,7 +261,7 @@ def _empty_backward(
     splits = max(1, min(512, (batch * length + 7) // 8))
     return (
         q.new_empty(batch, length, (heads + 2 * kv_heads) * d),
-        q.new_empty(splits, 2, d, dtype=_accumulator(q.dtype)),
+        q.new_empty(splits, sum(_norm_widths(weights, d, heads, kv_heads)), dtype=_accumulator(q.dtype)),
     )
 
 
@@ -278,8 +287,9 @@ def qkv_norm_rope_backward_reference(
     grads = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)]
     d = _head_dim(tensors[0], per_stream, heads, kv_heads)
     d_tokens = torch.cat([g.flatten(2) for g in grads[: len(tensors)]], -1)
-    d_weights = [g if g.numel() else g.new_zeros(d) for g in grads[len(tensors) :]]
-    sums = torch.stack(d_weights) if d_weights else tensors[0].new_zeros(2, d)
+    widths = _norm_widths(weights, d, heads, kv_heads)
+    d_weights = grads[len(tensors) :] or [tensors[0].new_empty(0)] * 2
+    sums = torch.cat([g if g.numel() else g.new_zeros(n) for g, n in zip(d_weights, widths, strict=True)])
     return d_tokens, sums.to(_accumulator(tensors[0].dtype))[None]
 
 
@@ -316,7 +326,8 @@ def _backward(
             parts = _apart(d_tokens, heads, kv_heads)
             d_tensors += [part.reshape(t.shape) for part, t in zip(parts, mine, strict=True)]
         if of_mine:
-            sums = sums.sum(0)
+            d = _head_dim(mine[0], per_stream, heads, kv_heads)
+            sums = sums.sum(0).split(_norm_widths(of_mine, d, heads, kv_heads))
             d_weights += [s.to(w.dtype) if w.numel() else None for s, w in zip(sums, of_mine, strict=True)]
         start += mine[0].shape[1]
     return d_tensors, d_weights, *[None] * 9
