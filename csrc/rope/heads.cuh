@@ -11,7 +11,7 @@
 namespace rfk::heads_cuda {
 
 inline constexpr int kThreads = 128, kPack = 8;
-inline constexpr int kFullThreads = 512;  // at most, of a block that norms over the full width
+inline constexpr int kFullThreads = 256;  // at most, of a block that norms over the full width
 
 // Lanes per vector; those beyond d/8 idle.
 inline int lanes_for(int d) {
@@ -20,11 +20,10 @@ inline int lanes_for(int d) {
   return lanes;
 }
 
-// Threads of a block that takes a token at a time and keeps `kept` vectors of it per group, as far as `most`
-// threads can.
-inline unsigned full_threads(int64_t heads, int lanes, int kept, int most) {
+// Threads of a block that takes a token at a time and keeps `kept` vectors of it per group, as far as it can.
+inline unsigned full_threads(int64_t heads, int lanes, int kept) {
   const int64_t at_once = 32 / lanes * kept, warps = (heads + at_once - 1) / at_once;
-  return 32 * unsigned(std::min<int64_t>(std::max<int64_t>(warps, 2), most / 32));
+  return 32 * unsigned(std::min<int64_t>(std::max<int64_t>(warps, 2), kFullThreads / 32));
 }
 
 // The first element of this lane, and how many it has.

@@ -127,7 +127,7 @@ void run(const char* op, cudaStream_t stream, const HeadPlan& plan, unsigned blo
   if (plan.full_width) {
     const auto kernel =
         packed ? qkv_full_norm_rope_kernel<true, T, M> : qkv_full_norm_rope_kernel<false, T, M>;
-    const unsigned threads = full_threads(plan.part[0].heads, lanes, kKeptOf<T>, kFullThreads);
+    const unsigned threads = full_threads(plan.part[0].heads, lanes, kKeptOf<T>);
     return launch(op, kernel, dim3(blocks), dim3(threads), 0, stream, plan, lanes);
   }
   const auto kernel = packed ? qkv_norm_rope_kernel<true, T, M> : qkv_norm_rope_kernel<false, T, M>;

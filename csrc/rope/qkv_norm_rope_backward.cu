@@ -7,9 +7,8 @@ namespace {
 
 using namespace heads_cuda;
 
-// Full width: vectors of a group in registers, most threads of a block.
+// Full width: vectors of a group in registers.
 template <typename T> constexpr int kKeptOf = 8 / sizeof(T);
-constexpr int kMostThreads = 256;
 
 // dx of this lane from g, which holds dy turned back and then u; adds g x^ to d_weight. All lanes meet.
 template <typename A>
@@ -106,7 +105,7 @@ template <typename A> struct Turned {
 // The same with a norm over the full width, token by token: a thread has its columns of dw in shared memory
 // and kKept vectors of the token in registers; what is beyond it reads twice.
 template <bool kPacked, typename T, typename M>
-__global__ void __launch_bounds__(kMostThreads) qkv_full_norm_rope_backward_kernel(HeadPlan plan, int lanes) {
+__global__ void __launch_bounds__(kFullThreads) qkv_full_norm_rope_backward_kernel(HeadPlan plan, int lanes) {
   using A = acc_t<T>;
   using Vector = Pack<T, kPack>;
   constexpr int kKept = kKeptOf<T>;
@@ -200,7 +199,7 @@ void run(const char* op, cudaStream_t stream, const HeadPlan& plan, int lanes) {
           plan.d);
     const auto kernel = packed ? qkv_full_norm_rope_backward_kernel<true, T, M>
                                : qkv_full_norm_rope_backward_kernel<false, T, M>;
-    const unsigned threads = full_threads(plan.part[0].heads, lanes, kKeptOf<T>, kMostThreads);
+    const unsigned threads = full_threads(plan.part[0].heads, lanes, kKeptOf<T>);
     return launch(op, kernel, grid, dim3(threads), size_t(shared), stream, plan, lanes);
   }
   const auto kernel =
