@@ -52,8 +52,8 @@ def _qkv(label: str, sizes: tuple[int, int, int, int], dtypes: str, device: str)
 
     def ours(out: Tensor | None, qkv: Tensor) -> tuple[Tensor, ...]:
         weights = {"q_weight": q_weight, "k_weight": k_weight}
-        into = None if out is None else tuple(out.unbind(0))
-        return qkv_norm_rope(qkv, heads, **weights, rotation=table, layout="blhd", out=into)
+        into = torch.empty(shape, dtype=dtype, device=device) if out is None else out
+        return qkv_norm_rope(qkv, heads, **weights, rotation=table, out=tuple(into.unbind(0)))
 
     shape = (3, batch, tokens, heads, d)
     return Case(

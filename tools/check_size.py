@@ -37,7 +37,7 @@ def cpp_functions(text: str) -> list[tuple[str, int]]:
     """Name and lines of every block that opens on a line ending in `) {` or `) const {`, by brace depth."""
     found, open_blocks, depth = [], [], 0
     for number, line in enumerate(text.splitlines(), 1):
-        code = re.sub(r"//.*|__launch_bounds__\(\w+\)|\"(\\.|[^\"])*\"|'(\\.|[^'])'", "", line)
+        code = re.sub(r"//.*|__launch_bounds__\([^)]*\)|\"(\\.|[^\"])*\"|'(\\.|[^'])'", "", line)
         name = re.search(r"(\w+)\s*\([^;]*\)\s*(const)?\s*\{\s*$", code)
         if name and name.group(1) not in {"if", "for", "while", "switch"}:
             open_blocks.append((name.group(1), number, depth))

@@ -6,12 +6,14 @@
 
 // The maths of one head vector x [d], shared by the CPU and CUDA.
 //
-//   n = x / sqrt(mean(x^2) + eps) * w                      RMS norm, where there is a weight w
+//   n = x / sqrt(mean(x^2) + eps) * w                      RMS norm, where there is a weight w [d]; or, with
+//                                                          w [heads d], the mean is over all heads of a token
 //   y[2j], y[2j+1] = R(angle_j) (n[2j], n[2j+1])           rotation of interleaved pairs
 //
-// and its gradient: with g[2j], g[2j+1] = R(-angle_j) (dy[2j], dy[2j+1]), u = g w and x^ = x / rms,
+// and its gradient (means over the same elements): with g[2j], g[2j+1] = R(-angle_j) (dy[2j], dy[2j+1]), u =
+// g w and x^ = x / rms,
 //
-//   dx = (u - x^ mean(u x^)) / rms,  dw = sum of g x^ over the vectors.
+//   dx = (u - x^ mean(u x^)) / rms,  dw = sum of g x^ over the vectors or tokens.
 
 namespace rfk {
 

@@ -11,6 +11,7 @@
 namespace rfk::heads_cuda {
 
 inline constexpr int kThreads = 128, kPack = 8;
+inline constexpr int kFullThreads = 256;  // at most, of a block that norms over the full width
 
 // Lanes per vector; those beyond d/8 idle.
 inline int lanes_for(int d) {
@@ -19,18 +20,24 @@ inline int lanes_for(int d) {
   return lanes;
 }
 
+// Threads of a block that takes a token at a time and keeps `kept` vectors of it per group, as far as it can.
+inline unsigned full_threads(int64_t heads, int lanes, int kept) {
+  const int64_t at_once = 32 / lanes * kept, warps = (heads + at_once - 1) / at_once;
+  return 32 * unsigned(std::min<int64_t>(std::max<int64_t>(warps, 2), kFullThreads / 32));
+}
+
 // The first element of this lane, and how many it has.
 struct Lane {
   int first, count, lanes, group, groups;
 
-  __device__ __forceinline__ Lane(int d, int lanes)
+  __device__ __forceinline__ Lane(int d, int lanes, int threads = kThreads)
       : first(int(threadIdx.x) % lanes * kPack),
         count(first >= d          ? 0
               : first + kPack > d ? d - first
                                   : kPack),
         lanes(lanes),
         group(int(threadIdx.x) / lanes),
-        groups(kThreads / lanes) {}
+        groups(threads / lanes) {}
 };
 
 template <bool kPacked, typename T>
@@ -60,6 +67,23 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, kPack>& pack, in
 template <typename A> __device__ __forceinline__ A group_sum(A v, int lanes) {
   for (int bits = lanes / 2; bits > 0; bits /= 2) v += __shfl_xor_sync(0xffffffffu, v, bits);
   return v;
+}
+
+// Makes of each v its sum over the block; all threads meet.
+template <typename A, int N> __device__ __forceinline__ void block_sum(A (&v)[N]) {
+  __shared__ A partial[N][kFullThreads / 32];
+  __syncthreads();  // the sums before may still be read
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    v[i] = group_sum(v[i], 32);
+    if (threadIdx.x % 32 == 0) partial[i][threadIdx.x / 32] = v[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    v[i] = partial[i][0];
+    for (int warp = 1; warp < int(blockDim.x / 32); ++warp) v[i] += partial[i][warp];
+  }
 }
 
 // Turns the pairs of x by the angles at `row`, of this lane.

@@ -24,8 +24,8 @@ struct Heads {
 
 struct HeadPart {
   Heads x, y, dx;                // y: the result, in the backward its gradient (null: zeros)
-  const void* weight = nullptr;  // [d]; null: no norm
-  void* dweight = nullptr;       // backward: [d] of split 0, see HeadPlan; null for values
+  const void* weight = nullptr;  // [d], full width [heads d]; null: no norm
+  void* dweight = nullptr;       // backward: as long, of split 0, see HeadPlan; null for values
   int64_t length = 0;            // tokens of a sample
   int64_t row = 0, rows = 0;     // token l takes row `row + l` of the rotation if that is in 0 .. rows - 1
   int64_t first_block = 0;       // CUDA: where the blocks of this part begin
@@ -35,6 +35,7 @@ struct HeadPart {
 struct HeadPlan {
   HeadPart part[kMaxParts];
   int parts = 0, d = 0;
+  bool full_width = false;  // the norm is over all heads of a token
   int64_t batch = 0;
   const void* rotation = nullptr;  // [rows, d/2, 2] of (cos, sin)
   int64_t rotation_sample = 0, rotation_token = 0;
@@ -42,6 +43,8 @@ struct HeadPlan {
   double eps = 0;
   Tier tier = Tier::fast;
   DType tokens = DType::f32, weights = DType::f32;
+
+  int norm_width(const HeadPart& p) const { return full_width ? p.heads * d : d; }
 
   // The row of token l of sample b; null: it is not rotated.
   template <typename A> RFK_HD const A* row(const HeadPart& p, int64_t b, int64_t l) const {

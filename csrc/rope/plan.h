@@ -131,13 +131,17 @@ inline void add_weights(HeadPlan& plan, const HeadArgs& a) {
   plan.weights = plan.tokens;
   check(a.weights.empty() || int64_t(a.weights.size()) == 2 * a.streams(), a.op,
         ": expected no weights or two per stream, got ", a.weights.size(), " for ", a.streams());
+  const auto full = [&](size_t i) { return a.heads_of(i % 2) * plan.d; };
+  for (size_t i = 0; i < a.weights.size(); ++i)
+    plan.full_width = plan.full_width || (full(i) != plan.d && a.weights[i].has_shape({full(i)}));
   const TensorView* first = nullptr;
   for (size_t i = 0; i < a.weights.size(); ++i) {
     const TensorView& w = a.weights[i];
     if (w.has_shape({0})) continue;
     const char* what = i % 2 ? "k_weight" : "q_weight";
-    check(w.has_shape({plan.d}) && w.device == a.tensors[0].device, a.op, ": ", what, " must be [", plan.d,
-          "] on the device of ", a.tensors[0], ", got ", w);
+    check(w.has_shape({plan.full_width ? full(i) : plan.d}) && w.device == a.tensors[0].device, a.op, ": ",
+          what, " must be [", plan.d, "] or, as all weights of the call, [", full(i), "] on the device of ",
+          a.tensors[0], ", got ", w);
     check(w.dtype == plan.tokens || (w.dtype == DType::f32 && size_of(plan.tokens) == 2), a.op, ": ", what,
           " must have the dtype of ", a.tensors[0], ", or be f32 beside 16-bit tokens, got ", w);
     check(!first || w.dtype == first->dtype, a.op, ": expected weights of one dtype, got ",

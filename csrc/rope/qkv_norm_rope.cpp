@@ -12,6 +12,18 @@ namespace {
 
 constexpr int64_t kTokens = 16;  // of one task: outweighs taking it
 
+// 1 / rms of a token, over all heads; x is overwritten.
+template <typename T>
+RFK_HD acc_t<T> full_inverse_rms(const HeadPlan& plan, const HeadPart& part, int64_t b, int64_t l,
+                                 acc_t<T>* x) {
+  acc_t<T> squares = 0;
+  for (int h = 0; h < part.heads; ++h) {
+    heads_cpu::load_vector(x, part.x.at<T>(b, l, h), plan.d);
+    squares += heads_cpu::dot(x, x, plan.d);
+  }
+  return inverse_rms(squares, part.heads * plan.d, acc_t<T>(plan.eps));
+}
+
 // Tokens begin .. end - 1 of a part, counted through its samples.
 template <typename T, typename M, Tier kTier>
 RFK_SIMD void rope_tokens(const HeadPlan& plan, const HeadPart& part, int64_t begin, int64_t end, bool past) {
@@ -22,11 +34,13 @@ RFK_SIMD void rope_tokens(const HeadPlan& plan, const HeadPart& part, int64_t be
   alignas(64) T buffer[kMaxHeadDim];
   const int d = plan.d;
   const M* weight = static_cast<const M*>(part.weight);
+  const bool full_width = weight && plan.full_width;
   if (weight) load_vector(w.v, weight, d);
   int64_t b = begin / part.length, l = begin % part.length;
   for (int64_t t = begin; t < end; ++t) {
     const A* angles = plan.row<A>(part, b, l);
     if (angles) row.set(angles, d, Turn::forth);
+    A inv_rms = full_width ? full_inverse_rms<T>(plan, part, b, l, x.v) : A(0);
     for (int h = 0; h < part.heads; ++h) {
       const T* from = part.x.at<T>(b, l, h);
       T* to = part.y.at<T>(b, l, h);
@@ -36,7 +50,10 @@ RFK_SIMD void rope_tokens(const HeadPlan& plan, const HeadPart& part, int64_t be
       } else {
         load_vector(x.v, from, d);
         if (weight) {
-          const A inv_rms = inverse_rms(dot(x.v, x.v, d), d, A(plan.eps));
+          if (full_width)
+            load_vector(w.v, weight + h * d, d);
+          else
+            inv_rms = inverse_rms(dot(x.v, x.v, d), d, A(plan.eps));
           for (int i = 0; i < d; i += kChunk) {
 #pragma omp simd
             for (int j = i; j < i + kChunk; ++j) x.v[j] = normalise<T, M>(x.v[j], inv_rms, w.v[j], kTier);
@@ -94,16 +111,16 @@ void qkv_norm_rope(Stream stream, const TensorView& q, const TensorView& k, cons
                    const std::vector<TensorView>& tensors, const std::vector<TensorView>& weights,
                    const std::optional<TensorView>& rotation, int64_t per_stream, int64_t heads,
                    int64_t kv_heads, int64_t rotate_from, double eps, const std::string& layout,
-                   const std::string& tier) {
+                   const std::string& tier, bool with_v) {
   const char* op = "qkv_norm_rope";
   if (q.device.type == DeviceType::cpu) {
     const HeadArgs args{op, tensors, weights, rotation, per_stream, heads, kv_heads, -rotate_from, eps};
-    HeadPlan plan = plan_qkv_norm_rope(q, k, v, args, rotate_from, layout, tier);
+    HeadPlan plan = plan_qkv_norm_rope(q, k, v, args, rotate_from, layout, tier, with_v);
     return run(plan);
   }
   if constexpr (kWithCuda)
     return qkv_norm_rope_cuda(stream, q, k, v, tensors, weights, rotation, per_stream, heads, kv_heads,
-                              rotate_from, eps, layout, tier);
+                              rotate_from, eps, layout, tier, with_v);
   fail_without_cuda(op);
 }
 

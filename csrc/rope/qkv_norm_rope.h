@@ -37,7 +37,7 @@ inline void check_places(const HeadArgs& a, std::initializer_list<const TensorVi
 // Checks all of the forward's tensors.
 inline HeadPlan plan_qkv_norm_rope(const TensorView& q, const TensorView& k, const TensorView& v,
                                    const HeadArgs& a, int64_t rotate_from, const std::string& layout_name,
-                                   const std::string& tier) {
+                                   const std::string& tier, bool with_v) {
   const HeadLayout layout = layout_of(a.op, layout_name);
   HeadPlan plan = plan_heads(a);
   plan.tier = tier_of(a.op, tier);
@@ -48,7 +48,8 @@ inline HeadPlan plan_qkv_norm_rope(const TensorView& q, const TensorView& k, con
         ": rotate_from must be 0 or more and rotate_from + rows at most the ", length, " tokens, got ",
         rotate_from, " + ", rows);
   const TensorView* outs[] = {&q, &k, &v};
-  for (int which = 0; which < 3; ++which)
+  check(with_v || v.has_shape({0}), a.op, ": out v must be [0] without values, got ", v);
+  for (int which = 0; which < (with_v ? 3 : 2); ++which)
     check_output(a,
                  which == 0   ? "out q"
                  : which == 1 ? "out k"
@@ -57,8 +58,13 @@ inline HeadPlan plan_qkv_norm_rope(const TensorView& q, const TensorView& k, con
   check_places(a, {&q, &k, &v});
   int64_t start = 0;
   for (int i = 0; i < plan.parts; ++i) {
-    plan.part[i].y = output_heads(*outs[i % 3], layout, start);
-    if (i % 3 == 2) start += plan.part[i].length;
+    HeadPart& part = plan.part[i];
+    if (i % 3 == 2 && !with_v) {
+      part.length = 0;
+    } else {
+      part.y = output_heads(*outs[i % 3], layout, start);
+    }
+    if (i % 3 == 2) start += plan.part[i - 1].length;
   }
   return plan;
 }

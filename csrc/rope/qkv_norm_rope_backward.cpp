@@ -10,10 +10,10 @@
 namespace rfk {
 namespace {
 
-// dx of one vector from g, which holds dy turned back and then u; adds g x^ to d_weight.
-template <typename A> RFK_HD void norm_vector_backward(A* g, A* x, const A* w, A* d_weight, int d, A eps) {
-  using namespace heads_cpu;
-  const A inv_rms = inverse_rms(dot(x, x, d), d, eps);
+using namespace heads_cpu;
+
+// From dy turned back to u; adds g x^ to d_weight. x becomes x^.
+template <typename A> RFK_HD void weigh_vector(A* g, A* x, const A* w, A* d_weight, int d, A inv_rms) {
   for (int i = 0; i < d; i += kChunk) {
 #pragma omp simd
     for (int j = i; j < i + kChunk; ++j) {
@@ -22,28 +22,76 @@ template <typename A> RFK_HD void norm_vector_backward(A* g, A* x, const A* w, A
       g[j] *= w[j];
     }
   }
-  const A mean = dot(g, x, d) / A(d);
+}
+
+// From u to dx; mean: of u x^.
+template <typename A> RFK_HD void norm_vector_backward(A* u, const A* x_hat, int d, A inv_rms, A mean) {
   for (int i = 0; i < d; i += kChunk) {
 #pragma omp simd
-    for (int j = i; j < i + kChunk; ++j) g[j] = norm_backward(g[j], x[j], inv_rms, mean);
+    for (int j = i; j < i + kChunk; ++j) u[j] = norm_backward(u[j], x_hat[j], inv_rms, mean);
   }
 }
 
-// Tokens begin .. end - 1 of a part; d_weight [d]: their sum of dw, null for values.
+template <typename A> struct Buffers {
+  Vector<A> x, dy, g, w, sum;
+  Row<A> row;
+};
+
+// dx of a token whose norm is over all heads; adds g x^ to d_weight [heads d]. row: null where not turned.
+template <typename T, typename M>
+RFK_HD void full_width_backward(const HeadPlan& plan, const HeadPart& part, int64_t b, int64_t l,
+                                Buffers<acc_t<T>>& at, const Row<acc_t<T>>* row, acc_t<T>* d_weight) {
+  using A = acc_t<T>;
+  const int d = plan.d;
+  const M* weight = static_cast<const M*>(part.weight);
+  A* const g = row ? at.g.v : at.dy.v;
+  A squares = 0, product = 0;
+  for (int h = 0; h < part.heads; ++h) {
+    load_vector(at.x.v, part.x.at<T>(b, l, h), d);
+    load_vector(at.dy.v, part.y.at<T>(b, l, h), d);
+    load_vector(at.w.v, weight + h * d, d);
+    if (row) rotate_vector(g, at.dy.v, *row, d);
+    squares += dot(at.x.v, at.x.v, d);
+    for (int i = 0; i < d; i += kChunk) {
+#pragma omp simd
+      for (int j = i; j < i + kChunk; ++j) g[j] *= at.w.v[j];
+    }
+    product += dot(g, at.x.v, d);
+  }
+  const A inv_rms = inverse_rms(squares, part.heads * d, A(plan.eps));
+  const A mean = inv_rms * product / A(part.heads * d);
+  for (int h = 0; h < part.heads; ++h) {
+    load_vector(at.x.v, part.x.at<T>(b, l, h), d);
+    load_vector(at.dy.v, part.y.at<T>(b, l, h), d);
+    load_vector(at.w.v, weight + h * d, d);
+    load_vector(at.sum.v, d_weight + h * d, d);
+    if (row) rotate_vector(g, at.dy.v, *row, d);
+    weigh_vector(g, at.x.v, at.w.v, at.sum.v, d, inv_rms);
+    norm_vector_backward(g, at.x.v, d, inv_rms, mean);
+    store_vector(d_weight + h * d, at.sum.v, d);
+    store_vector(part.dx.at<T>(b, l, h), g, d);
+  }
+}
+
+// Tokens begin .. end - 1 of a part; d_weight: their sum of dw, null for values.
 template <typename T, typename M>
 RFK_SIMD void rope_tokens_backward(const HeadPlan& plan, const HeadPart& part, int64_t begin, int64_t end,
                                    acc_t<T>* d_weight) {
-  using namespace heads_cpu;
   using A = acc_t<T>;
-  Vector<A> x, dy, g, w, sum;
-  Row<A> row;
+  Buffers<A> buffers;
+  auto& [x, dy, g, w, sum, row] = buffers;
   const int d = plan.d;
   const M* weight = static_cast<const M*>(part.weight);
   if (weight) load_vector(w.v, weight, d);
+  if (d_weight) std::fill(d_weight, d_weight + plan.norm_width(part), A(0));
   for (int64_t t = begin; t < end; ++t) {
     const int64_t b = t / part.length, l = t % part.length;
     const A* angles = part.y.data ? plan.row<A>(part, b, l) : nullptr;
     if (angles) row.set(angles, d, Turn::back);
+    if (weight && plan.full_width && part.y.data) {
+      full_width_backward<T, M>(plan, part, b, l, buffers, angles ? &row : nullptr, d_weight);
+      continue;
+    }
     for (int h = 0; h < part.heads; ++h) {
       T* to = part.dx.at<T>(b, l, h);
       if (!part.y.data) {
@@ -60,12 +108,14 @@ RFK_SIMD void rope_tokens_backward(const HeadPlan& plan, const HeadPart& part, i
       if (angles) rotate_vector(g.v, dy.v, row, d);
       if (weight) {
         load_vector(x.v, part.x.at<T>(b, l, h), d);
-        norm_vector_backward(gradient, x.v, w.v, sum.v, d, A(plan.eps));
+        const A inv_rms = inverse_rms(dot(x.v, x.v, d), d, A(plan.eps));
+        weigh_vector(gradient, x.v, w.v, sum.v, d, inv_rms);
+        norm_vector_backward(gradient, x.v, d, inv_rms, dot(gradient, x.v, d) / A(d));
       }
       store_vector(to, gradient, d);
     }
   }
-  if (d_weight) std::copy(sum.v, sum.v + d, d_weight);
+  if (d_weight && !plan.full_width) std::copy(sum.v, sum.v + d, d_weight);
 }
 
 // A task is one split of one part: the sums do not depend on the number of threads.

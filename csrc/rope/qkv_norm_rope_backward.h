@@ -19,13 +19,14 @@ inline HeadPlan plan_qkv_norm_rope_backward(const TensorView& d_tokens, const Te
         a.op, ": d_tokens must be ", name_of(plan.tokens), "[", plan.batch, ", ", length, ", ", width,
         "] on the device of ", a.tensors[0], ", got ", d_tokens);
   check_no_gaps(a.op, "d_tokens", d_tokens);
-  check(d_weights.ndim == 3 && d_weights.shape[1] == 2 && d_weights.shape[2] == plan.d &&
-            d_weights.shape[0] >= 1 && d_weights.dtype == acc_of(plan.tokens) && d_weights.is_contiguous() &&
+  const int64_t of_q = plan.norm_width(plan.part[0]), sums = of_q + plan.norm_width(plan.part[1]);
+  check(d_weights.ndim == 2 && d_weights.shape[1] == sums && d_weights.shape[0] >= 1 &&
+            d_weights.dtype == acc_of(plan.tokens) && d_weights.is_contiguous() &&
             d_weights.device == a.tensors[0].device,
-        a.op, ": d_weights must be ", name_of(acc_of(plan.tokens)), "[splits, 2, ", plan.d,
+        a.op, ": d_weights must be ", name_of(acc_of(plan.tokens)), "[splits, ", sums,
         "], contiguous, on the device of ", a.tensors[0], ", got ", d_weights);
   plan.splits = d_weights.shape[0];
-  plan.split_stride = 2 * plan.d;
+  plan.split_stride = sums;
   const std::optional<TensorView>* grads[] = {&dq, &dk, &dv};
   const char* names[] = {"dq", "dk", "dv"};
   for (int which = 0; which < 3; ++which) {
@@ -33,7 +34,7 @@ inline HeadPlan plan_qkv_norm_rope_backward(const TensorView& d_tokens, const Te
     const int64_t first = which == 0 ? 0 : a.heads + (which - 1) * a.kv_heads;
     part.dx = input_heads(d_tokens, first, plan.d);
     if (which < 2)
-      part.dweight = static_cast<char*>(d_weights.data) + which * plan.d * size_of(d_weights.dtype);
+      part.dweight = static_cast<char*>(d_weights.data) + which * of_q * size_of(d_weights.dtype);
     if (!*grads[which]) continue;
     const TensorView& grad = **grads[which];
     const int64_t joint = grad.ndim == 4 ? grad.shape[layout == HeadLayout::bhld ? 2 : 1] : 0;

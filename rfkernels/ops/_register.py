@@ -92,7 +92,8 @@ def define(
 
         def run_backward(ctx, *grads):
             if all(g is None for g in grads):
-                return (None,) * len(ctx.needs_input_grad)
+                needs = ctx.needs_input_grad  # of a list of tensors a list
+                return tuple([None] * len(n) if isinstance(n, (list, tuple)) else None for n in needs)
             tensors = iter(ctx.saved_tensors)
             saved = [next(tensors) if other is None else other[0] for other in ctx.others]
             if not strided_grads:

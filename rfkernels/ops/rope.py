@@ -63,15 +63,16 @@ def qkv_norm_rope(
     rotation: Tensor | tuple[Tensor, Tensor] | None = None,
     rotate_from: int = 0,
     eps: float = 1e-6,
-    layout: str = "bhld",
+    layout: str = "blhd",
     tier: str = "fast",
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Returns the queries, keys and values of an attention, `[batch, heads, tokens, d]`.
+    r"""Returns the queries, keys and values of an attention, `[batch, tokens, heads, d]`.
 
-    Per head, queries and keys become :math:`R_l\,(w \odot x / \sqrt{\mathrm{mean}(x^2) + \epsilon})`, where
-    token l turns its pairs, :math:`R_l: (a, b) \mapsto (a \cos - b \sin, b \cos + a \sin)`; values are copied
-    into the layout. Every byte is read and written once; several streams need no concatenation.
+    Queries and keys become :math:`R_l\,(w \odot x / \sqrt{\mathrm{mean}(x^2) + \epsilon})`, where token l
+    turns its pairs, :math:`R_l: (a, b) \mapsto (a \cos - b \sin, b \cos + a \sin)`, and the mean is over a
+    head or over all heads of the token; values are copied into the layout. Every byte is read and written
+    once; several streams need no concatenation.
 
     Args:
         qkv: `[batch, tokens, (heads + 2 kv_heads) d]`, the fused projection, through any strides but for the
@@ -80,20 +81,45 @@ def qkv_norm_rope(
             even, at most 256.
         heads: of the queries.
         kv_heads: of keys and values; divides `heads`, which is the default.
-        q_weight, k_weight: `[d]`, or a list, one per stream; None: no norm. Of the dtype of the tokens, or
-            float32 beside 16-bit tokens.
+        q_weight, k_weight: `[d]` for a norm per head; or, all of them, `[heads d]` and `[kv_heads d]` for one
+            over the full width (Wan, HiDream). Or lists, one per stream; None: no norm. Of the dtype of the
+            tokens, or float32 beside 16-bit tokens.
         rotation: `[rows, d/2, 2]` or `[batch, rows, d/2, 2]` from `rotary_table`, float32 (for float64 tokens
             float64), or a tuple (cos, sin), each `[rows, d/2]`. It gets no gradient.
         rotate_from: the first token of the joint sequence that is rotated, by row 0; tokens before it and
             behind the last row are not.
         eps: added to the mean square.
-        layout: "blhd" gives `[batch, tokens, heads, d]`.
+        layout: "bhld" gives `[batch, heads, tokens, d]`. torch's attention takes views of either, and answers
+            in the memory of its queries: of "blhd" `attend(*(t.transpose(1, 2) for t in (q, k, v)))
+            .transpose(1, 2).flatten(2)` is a view, of "bhld" a copy. Where no gradient is recorded, v of a
+            single stream in "blhd" is a view of the input, which saves copying it.
         tier: "fast" rounds once, at the end; "exact" rounds after the norm too, as torch.nn.RMSNorm does;
             "exact_before_weight" before and after the weight, as diffusers' RMSNorm does.
         out: where to write (q, k, v), through any strides but for the last axis; no gradient then.
     """
     arguments = _arguments(qkv, heads, kv_heads, q_weight, k_weight, rotation, rotate_from, eps, layout, tier)
+    if out is None and _v_may_be_a_view(*arguments):
+        q, k, _ = _qkv_norm_rope(*arguments[:-1], False)
+        return q, k, _values(*arguments[0], heads=heads, kv_heads=k.shape[2])
     return _qkv_norm_rope(*arguments, out=None if out is None else tuple(out))
+
+
+def _v_may_be_a_view(tensors, weights, rotation, per_stream, *numbers) -> bool:
+    """A single stream whose layout is that of the result, where no gradient is recorded."""
+    alone = len(tensors) == per_stream and "blhd" in numbers
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights))
+    return alone and not recorded and not torch.compiler.is_compiling()
+
+
+def _values(*stream: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """v of a stream as a view, which takes no part in autograd."""
+    v = _apart(stream[0] if len(stream) == 1 else stream, heads, kv_heads)[2]
+    return _split(v, kv_heads).detach()
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """`[batch, tokens, heads, d]`, a view."""
+    return x if x.ndim == 4 else x.unflatten(-1, (heads, x.shape[-1] // heads))
 
 
 def _arguments(qkv, heads, kv_heads, q_weight, k_weight, rotation, rotate_from, eps, layout, tier) -> tuple:
@@ -114,7 +140,7 @@ def _arguments(qkv, heads, kv_heads, q_weight, k_weight, rotation, rotate_from, 
     if isinstance(rotation, (tuple, list)):
         rotation = torch.stack(tuple(rotation), -1)
     per_stream = 1 if fused else 3
-    return tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout, tier
+    return tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout, tier, True
 
 
 def _apart(stream: Stream, heads: int, kv_heads: int) -> Sequence[Tensor]:
@@ -142,7 +168,17 @@ def _or_empty(weight: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def qkv_norm_rope_reference(
-    tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout="bhld", tier="fast"
+    tensors,
+    weights,
+    rotation,
+    per_stream,
+    heads,
+    kv_heads,
+    rotate_from,
+    eps,
+    layout="blhd",
+    tier="fast",
+    with_v=True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of `qkv_norm_rope` in plain torch, on the arguments of the registered op."""
     joint, row = [], -rotate_from
@@ -150,8 +186,7 @@ def qkv_norm_rope_reference(
         stream = tensors[per_stream * i : per_stream * (i + 1)]
         parts = _apart(stream[0] if per_stream == 1 else tuple(stream), heads, kv_heads)
         q, k, v = (
-            part if part.ndim == 4 else part.unflatten(-1, (count, part.shape[-1] // count))
-            for part, count in zip(parts, (heads, kv_heads, kv_heads), strict=True)
+            _split(part, count) for part, count in zip(parts, (heads, kv_heads, kv_heads), strict=True)
         )
         q, k = (
             _rotate(_norm(x, w, eps, tier), rotation, row)
@@ -159,13 +194,16 @@ def qkv_norm_rope_reference(
         )
         joint.append((q, k, v))
         row += q.shape[1]
-    results = (torch.cat(parts, 1).to(tensors[0].dtype) for parts in zip(*joint, strict=True))
-    return tuple(x.transpose(1, 2) if layout == "bhld" else x for x in results)
+    q, k, v = (torch.cat(parts, 1).to(tensors[0].dtype) for parts in zip(*joint, strict=True))
+    q, k, v = (x.transpose(1, 2) if layout == "bhld" else x for x in (q, k, v))
+    return q, k, v if with_v else v.new_empty(0)
 
 
 def _norm(x: Tensor, weight: Tensor | None, eps: float, tier: str) -> Tensor:
     if weight is None or not weight.numel():
         return x
+    if weight.numel() != x.shape[-1]:  # over the full width
+        return _norm(x.flatten(2), weight, eps, tier).unflatten(2, x.shape[2:])
     wide = x.to(_accumulator(x.dtype))
     n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if tier == "exact_before_weight":
@@ -198,12 +236,20 @@ def _head_dim(q: Tensor, per_stream: int, heads: int, kv_heads: int) -> int:
     return q.shape[3] if q.ndim == 4 else q.shape[2] // (heads + 2 * kv_heads if per_stream == 1 else heads)
 
 
-def _empty(tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout, tier):
+def _norm_widths(weights: Sequence[Tensor], d: int, heads: int, kv_heads: int) -> tuple[int, int]:
+    """The lengths of the weights of q and k."""
+    return (heads * d, kv_heads * d) if any(w.numel() > d for w in weights) else (d, d)
+
+
+def _empty(tensors, weights, rotation, per_stream, heads, kv_heads, rotate_from, eps, layout, tier, with_v):
     q = tensors[0]
     d = _head_dim(q, per_stream, heads, kv_heads)
     length = sum(t.shape[1] for t in tensors[::per_stream])
     shape = lambda n: (q.shape[0], n, length, d) if layout == "bhld" else (q.shape[0], length, n, d)
-    return tuple(q.new_empty(shape(n)) for n in (heads, kv_heads, kv_heads))
+    return (
+        *(q.new_empty(shape(n)) for n in (heads, kv_heads)),
+        q.new_empty(shape(kv_heads) if with_v else 0),
+    )
 
 
 def _empty_backward(
@@ -215,7 +261,7 @@ def _empty_backward(
     splits = max(1, min(512, (batch * length + 7) // 8))
     return (
         q.new_empty(batch, length, (heads + 2 * kv_heads) * d),
-        q.new_empty(splits, 2, d, dtype=_accumulator(q.dtype)),
+        q.new_empty(splits, sum(_norm_widths(weights, d, heads, kv_heads)), dtype=_accumulator(q.dtype)),
     )
 
 
@@ -241,8 +287,9 @@ def qkv_norm_rope_backward_reference(
     grads = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)]
     d = _head_dim(tensors[0], per_stream, heads, kv_heads)
     d_tokens = torch.cat([g.flatten(2) for g in grads[: len(tensors)]], -1)
-    d_weights = [g if g.numel() else g.new_zeros(d) for g in grads[len(tensors) :]]
-    sums = torch.stack(d_weights) if d_weights else tensors[0].new_zeros(2, d)
+    widths = _norm_widths(weights, d, heads, kv_heads)
+    d_weights = grads[len(tensors) :] or [tensors[0].new_empty(0)] * 2
+    sums = torch.cat([g if g.numel() else g.new_zeros(n) for g, n in zip(d_weights, widths, strict=True)])
     return d_tokens, sums.to(_accumulator(tensors[0].dtype))[None]
 
 
@@ -261,9 +308,11 @@ def _no_gaps(grad: Tensor | None) -> Tensor | None:
     return grad if grad is None or grad.shape[-1] == 1 or grad.stride(-1) == 1 else grad.contiguous()
 
 
-def _backward(grads, needs, streams, per_stream, rotation, heads, kv_heads, rotate_from, eps, layout, *saved):
+def _backward(
+    grads, needs, streams, per_stream, rotation, heads, kv_heads, rotate_from, eps, layout, with_v, *saved
+):
     tensors, weights = saved[: streams * per_stream], saved[streams * per_stream :]
-    grads = [_no_gaps(g) for g in grads]
+    grads = [_no_gaps(g) for g in (grads if with_v else (*grads[:2], None))]
     d_tensors, d_weights, start = [], [], 0
     for i in range(streams):
         mine = list(tensors[per_stream * i : per_stream * (i + 1)])
@@ -277,20 +326,22 @@ def _backward(grads, needs, streams, per_stream, rotation, heads, kv_heads, rota
             parts = _apart(d_tokens, heads, kv_heads)
             d_tensors += [part.reshape(t.shape) for part, t in zip(parts, mine, strict=True)]
         if of_mine:
-            sums = sums.sum(0)
+            d = _head_dim(mine[0], per_stream, heads, kv_heads)
+            sums = sums.sum(0).split(_norm_widths(of_mine, d, heads, kv_heads))
             d_weights += [s.to(w.dtype) if w.numel() else None for s, w in zip(sums, of_mine, strict=True)]
         start += mine[0].shape[1]
-    return d_tensors, d_weights, *[None] * 8
+    return d_tensors, d_weights, *[None] * 9
 
 
-def _saves(out, tensors, weights, rotation, per_stream, *numbers_and_tier):
-    return len(tensors) // per_stream, per_stream, rotation, *numbers_and_tier[:-1], *tensors, *weights
+def _saves(out, tensors, weights, rotation, per_stream, *others):
+    *numbers, _, with_v = others  # no tier
+    return len(tensors) // per_stream, per_stream, rotation, *numbers, with_v, *tensors, *weights
 
 
 _qkv_norm_rope = define(
     "qkv_norm_rope",
     "Tensor[] tensors, Tensor[] weights, Tensor? rotation, int per_stream, int heads, int kv_heads, "
-    "int rotate_from, float eps, str layout, str tier",
+    "int rotate_from, float eps, str layout, str tier, bool with_v",
     _C.qkv_norm_rope,
     _empty,
     qkv_norm_rope_reference,

@@ -19,7 +19,7 @@ def class_conditional_block(block: nn.Module, x: Tensor, t: Tensor, label: Tenso
     modulation = block.norm1.linear(ops.silu(condition_of(block.norm1.emb, t, label, x.dtype)))
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
     n = ops.norm_modulate(x, scale, shift)
-    q, k, v = ops.qkv_norm_rope(joined(n, attn.to_q, attn.to_k, attn.to_v), attn.heads, layout="blhd")
+    q, k, v = ops.qkv_norm_rope(joined(n, attn.to_q, attn.to_k, attn.to_v), attn.heads)
     y = attn.to_out[0](attend(q, k, v))
     x, n = ops.gated_residual_norm_modulate(x, y, gate, scale_mlp, shift_mlp, eps=block.norm3.eps)
     return ops.gated_residual(x, mlp(n, block.ff), gate_mlp)
@@ -31,7 +31,7 @@ def pixart_block(block: nn.Module, x: Tensor, text: Tensor, temb: Tensor) -> Ten
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(1)
     attn = block.attn1
     n = ops.norm_modulate(x, scale, shift)
-    q, k, v = ops.qkv_norm_rope(joined(n, attn.to_q, attn.to_k, attn.to_v), attn.heads, layout="blhd")
+    q, k, v = ops.qkv_norm_rope(joined(n, attn.to_q, attn.to_k, attn.to_v), attn.heads)
     x = ops.gated_residual(x, attn.to_out[0](attend(q, k, v)), gate)
 
     attn = block.attn2  # reads x itself, no norm

@@ -35,7 +35,6 @@ def double_block(
         q_weight=[attn.norm_added_q.weight, attn.norm_q.weight],
         k_weight=[attn.norm_added_k.weight, attn.norm_k.weight],
         rotation=rotation,
-        layout="blhd",
     )
     c_y, y = attend(q, k, v).split([text.shape[1], image.shape[1]], 1)
     y, c_y = attn.to_out[0](y), attn.to_add_out(c_y)
@@ -60,7 +59,6 @@ def single_block(block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor) ->
         q_weight=attn.norm_q.weight,
         k_weight=attn.norm_k.weight,
         rotation=rotation,
-        layout="blhd",
     )
     y = block.proj_out(torch.cat([attend(q, k, v), ops.gelu(hidden, "tanh")], -1))
     return ops.gated_residual(x, y, gate)

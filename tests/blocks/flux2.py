@@ -31,7 +31,6 @@ def double_block(
         q_weight=[attn.norm_added_q.weight, attn.norm_q.weight],
         k_weight=[attn.norm_added_k.weight, attn.norm_k.weight],
         rotation=rotation,
-        layout="blhd",
     )
     c_y, y = attend(q, k, v).split([text.shape[1], image.shape[1]], 1)
     image, n = ops.gated_residual_norm_modulate(image, attn.to_out[0](y), gate, scale_mlp, shift_mlp)
@@ -53,7 +52,6 @@ def single_block(block: nn.Module, x: Tensor, modulation: Tensor, rotation: Tens
         q_weight=attn.norm_q.weight,
         k_weight=attn.norm_k.weight,
         rotation=rotation,
-        layout="blhd",
     )
     y = attn.to_out(torch.cat([attend(q, k, v), ops.swiglu(gate_up)], -1))
     return ops.gated_residual(x, y, gate)

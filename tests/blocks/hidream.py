@@ -12,8 +12,6 @@ from tests.blocks.layers import attend, joined
 
 __all__ = ["double_block", "single_block"]
 
-Triple = tuple[Tensor, Tensor, Tensor]
-
 
 def double_block(
     block: nn.Module, image: Tensor, text: Tensor, temb: Tensor, rotation: Tensor
@@ -26,11 +24,14 @@ def double_block(
 
     n = ops.norm_modulate(image, scale, shift)
     c_n = ops.norm_modulate(text, c_scale, c_shift)
-    streams = [
-        normed(joined(n, attn.to_q, attn.to_k, attn.to_v), attn.q_rms_norm, attn.k_rms_norm),
-        normed(joined(c_n, attn.to_q_t, attn.to_k_t, attn.to_v_t), attn.q_rms_norm_t, attn.k_rms_norm_t),
-    ]
-    q, k, v = ops.qkv_norm_rope(streams, attn.heads, rotation=rotation, layout="blhd")
+    q, k, v = ops.qkv_norm_rope(
+        [joined(n, attn.to_q, attn.to_k, attn.to_v), joined(c_n, attn.to_q_t, attn.to_k_t, attn.to_v_t)],
+        attn.heads,
+        q_weight=[attn.q_rms_norm.weight, attn.q_rms_norm_t.weight],
+        k_weight=[attn.k_rms_norm.weight, attn.k_rms_norm_t.weight],
+        rotation=rotation,
+        eps=attn.q_rms_norm.eps,
+    )
     y, c_y = attend(q, k, v).split([image.shape[1], text.shape[1]], 1)
 
     image, n = ops.gated_residual_norm_modulate(image, attn.to_out(y), gate, scale_mlp, shift_mlp)
@@ -46,19 +47,17 @@ def single_block(block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor) ->
     modulation = block.adaLN_modulation[1](ops.silu(temb))
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
     n = ops.norm_modulate(x, scale, shift)
-    qkv = normed(joined(n, attn.to_q, attn.to_k, attn.to_v), attn.q_rms_norm, attn.k_rms_norm)
-    y = attn.to_out(attend(*ops.qkv_norm_rope(qkv, attn.heads, rotation=rotation, layout="blhd")))
+    q, k, v = ops.qkv_norm_rope(
+        joined(n, attn.to_q, attn.to_k, attn.to_v),
+        attn.heads,
+        q_weight=attn.q_rms_norm.weight,
+        k_weight=attn.k_rms_norm.weight,
+        rotation=rotation,
+        eps=attn.q_rms_norm.eps,
+    )
+    y = attn.to_out(attend(q, k, v))
     x, n = ops.gated_residual_norm_modulate(x, y, gate, scale_mlp, shift_mlp)
     return ops.gated_residual(x, block.ff_i(n), gate_mlp)
-
-
-def normed(qkv: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> Triple:
-    q, k, v = qkv.chunk(3, -1)
-    return (
-        ops.norm_modulate(q, norm="rms", weight=q_norm.weight, eps=q_norm.eps),
-        ops.norm_modulate(k, norm="rms", weight=k_norm.weight, eps=k_norm.eps),
-        v,
-    )
 
 
 def swiglu_mlp(x: Tensor, ff: nn.Module) -> Tensor:

@@ -33,7 +33,6 @@ def double_block(
         q_weight=[attn.norm_added_q.weight, attn.norm_q.weight],
         k_weight=[attn.norm_added_k.weight, attn.norm_k.weight],
         rotation=rotation,
-        layout="blhd",
     )
     c_y, y = attend(q, k, v).split([text.shape[1], image.shape[1]], 1)
     y, c_y = attn.to_out[0](y), attn.to_add_out(c_y)

@@ -26,7 +26,6 @@ def lumina2_block(block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor) -
         q_weight=attn.norm_q.weight,
         k_weight=attn.norm_k.weight,
         rotation=rotation,
-        layout="blhd",
         eps=EPS,
     )
     y = attn.to_out[0](attend(q, k, v))
@@ -68,7 +67,6 @@ def zimage_block(
         q_weight=attn.norm_q.weight,
         k_weight=attn.norm_k.weight,
         rotation=rotation,
-        layout="blhd",
         eps=EPS,
     )
     y = attn.to_out[0](attend(q, k, v))

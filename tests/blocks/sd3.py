@@ -34,7 +34,6 @@ def joint_block(
         attn.heads,
         q_weight=[weight(attn.norm_q), weight(attn.norm_added_q)],
         k_weight=[weight(attn.norm_k), weight(attn.norm_added_k)],
-        layout="blhd",
     )
     y, c_y = attend(q, k, v).split([image.shape[1], text.shape[1]], 1)
     y = attn.to_out[0](y)
@@ -48,7 +47,6 @@ def joint_block(
             attn2.heads,
             q_weight=weight(attn2.norm_q),
             k_weight=weight(attn2.norm_k),
-            layout="blhd",
         )
         image = ops.gated_residual(image, y, gate)
         y, gate = attn2.to_out[0](attend(q, k, v)), gate2

@@ -21,10 +21,13 @@ def video_block(
 
     attn = block.attn1
     n = ops.norm_modulate(x, scale, shift, index=index)
-    q, k, v = joined(n, attn.to_q, attn.to_k, attn.to_v).chunk(3, -1)
-    q = ops.norm_modulate(q, norm="rms", weight=attn.norm_q.weight)  # over the full width
-    k = ops.norm_modulate(k, norm="rms", weight=attn.norm_k.weight)
-    q, k, v = ops.qkv_norm_rope((q, k, v), attn.heads, rotation=rotation, layout="blhd")
+    q, k, v = ops.qkv_norm_rope(
+        joined(n, attn.to_q, attn.to_k, attn.to_v),
+        attn.heads,
+        q_weight=attn.norm_q.weight,  # over the full width
+        k_weight=attn.norm_k.weight,
+        rotation=rotation,
+    )
     y = attn.to_out[0](attend(q, k, v))
     x, n = ops.gated_residual_norm_modulate(
         x, y, gate, index=index, weight=block.norm2.weight, bias=block.norm2.bias

@@ -15,7 +15,7 @@ DEFAULTS = {
     "rotation": None,
     "rotate_from": 0,
     "eps": 1e-6,
-    "layout": "bhld",
+    "layout": "blhd",
     "tier": "fast",
 }
 _POISON = {True: torch.nan, False: -1}
@@ -30,11 +30,13 @@ def memory(kernel: str) -> str:
     return "cpu" if kernel == "emulated" else kernel
 
 
-def run(kernel: str, qkv, heads: int, out=None, **options) -> tuple[Tensor, Tensor, Tensor]:
+def run(kernel: str, qkv, heads: int, out=None, with_v=True, **options) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v; an emulated kernel writes over NaN."""
-    if kernel != "emulated":
+    if kernel != "emulated" and with_v:
         return ops.qkv_norm_rope(qkv, heads, out=out, **options)
-    args = arguments(qkv, heads, **options)
+    args = (*arguments(qkv, heads, **options)[:-1], with_v)
+    if kernel != "emulated":
+        return ops.OPS["qkv_norm_rope"](*args, out=out)
     out = tuple(t.fill_(_POISON[t.is_floating_point()]) for t in rope._empty(*args)) if out is None else out
     load_emulator().qkv_norm_rope(*out, *args)
     return out

@@ -112,7 +112,7 @@ def test_streams_lie_one_after_the_other(form, text, rotate, device):
         mine = rotation[first - start : end - start] if end > first else None
         alone = {"kv_heads": 2, "q_weight": q_weights[i], "k_weight": k_weights[i], "rotation": mine}
         alone["rotate_from"] = first - begin if end > first else 0
-        assert_same_bits([t[:, :, begin : begin + length] for t in joint], run(device, stream, 4, **alone))
+        assert_same_bits([t[:, begin : begin + length] for t in joint], run(device, stream, 4, **alone))
         begin += length
 
 
@@ -121,6 +121,57 @@ def in_form(stream, form, d):
         return stream
     parts = stream.split([4 * d, 2 * d, 2 * d], -1)
     return tuple(parts) if form == "apart" else tuple(p.unflatten(-1, (-1, d)) for p in parts)
+
+
+@every_kernel
+@pytest.mark.parametrize("tier", ["fast", "exact"])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_values_may_be_left_out(streams, tier, device):
+    make, d = Make(BF16, device), 64
+    given = [make.normal(2, 9, 8 * d) for _ in range(streams)]
+    options = {"kv_heads": 2, "q_weight": make.weight(d), "rotation": make.rotation(9 * streams, d=d)}
+    q, k, v = run(device, given, 4, with_v=False, tier=tier, **options)
+    assert v.shape == (0,)
+    assert_same_bits((q, k), run(device, given, 4, tier=tier, **options)[:2])
+
+
+@every_device
+@pytest.mark.parametrize("form", ["fused", "apart", "split", "listed"])
+def test_values_of_one_stream_are_a_view(form, device):
+    make, d = Make(BF16, device), 64
+    wide = make.normal(2, 9, 8 * d + 40)
+    qkv = wide[..., : 8 * d]
+    options = {"kv_heads": 2, "q_weight": make.weight(d), "rotation": make.rotation(9, d=d)}
+    given = [qkv] if form == "listed" else in_form(qkv, form, d)
+    into = [torch.empty(2, 9, n, d, dtype=BF16, device=wide.device) for n in (4, 2, 2)]
+    expected = ops.qkv_norm_rope(given, 4, out=tuple(into), **options)
+    results = ops.qkv_norm_rope(given, 4, **options)
+    assert_same_bits(results, expected)
+    assert results[2].data_ptr() == wide[..., 6 * d :].data_ptr()
+    storages = {t.untyped_storage().data_ptr() for t in (*results, wide)}
+    assert len(storages) == 3  # q and k are their own
+    wide.requires_grad_()
+    with torch.no_grad():
+        v = ops.qkv_norm_rope(in_form(wide[..., : 8 * d], "fused", d), 4, **options)[2]
+    assert v.untyped_storage().data_ptr() in storages and not v.requires_grad
+
+
+@every_device
+@pytest.mark.parametrize("why", ["gradient", "gradient of a weight", "streams", "layout", "out"])
+def test_values_are_copied_otherwise(why, device):
+    make, d = Make(F32, device), 16
+    qkv, options = inputs(make, 2, 5, 4, 2, d)
+    given = [qkv, qkv] if why == "streams" else qkv
+    options["layout"] = "bhld" if why == "layout" else "blhd"
+    if why == "gradient of a weight":
+        options["q_weight"].requires_grad_()
+    if why == "gradient":
+        given = qkv.clone().requires_grad_()
+    out = tuple(torch.empty_like(t) for t in ops.qkv_norm_rope(given, 4, **options)) if why == "out" else None
+    v = ops.qkv_norm_rope(given, 4, out=out, **options)[2]
+    base = given if why == "gradient" else qkv
+    assert v.untyped_storage().data_ptr() != base.untyped_storage().data_ptr()
+    assert v.requires_grad == ("gradient" in why)
 
 
 @every_kernel
@@ -199,7 +250,7 @@ def test_scores_depend_on_distance_alone(device):
     make, d = Make(F64, device), 24
     one = make.normal(1, 1, 3 * d).expand(1, 9, 3 * d)
     table = ops.rotary_table(torch.arange(9.0, device=one.device)[:, None], (d,), dtype=F64)
-    q, k, v = run(device, one, 1, rotation=table)
+    q, k, v = run(device, one, 1, rotation=table, layout="bhld")
     scores = (q @ k.mT)[0, 0]
     for distance in range(-8, 9):
         diagonal = scores.diagonal(distance)
@@ -216,7 +267,7 @@ def test_values_keep_their_bits(dtype, device):
     qkv = bits.view(dtype).to(Make(dtype, device).device)
     assert qkv.isnan().any()
     same = lambda x, y: torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
-    for which, result in enumerate(run(device, qkv, 2, layout="blhd")):
+    for which, result in enumerate(run(device, qkv, 2)):
         assert same(result.flatten(2), qkv[..., 128 * which : 128 * (which + 1)])
 
 
@@ -229,8 +280,8 @@ def test_nan_and_infinity_stay_in_their_vector(dtype, device):
     expected = run(device, qkv, 2, **options)
     qkv[0, 1, 5], qkv[0, 3, d + 7], qkv[0, 4, 4 * d] = torch.nan, torch.inf, -torch.inf
     q, k, v = run(device, qkv, 2, **options)
-    assert q[0, 0, 1].isnan().all() and q[0, 1, 3].isnan().any() and v[0, 0, 4, 0] == -torch.inf
-    expected[0][0, 0, 1], expected[0][0, 1, 3], expected[2][0, 0, 4, 0] = q[0, 0, 1], q[0, 1, 3], -torch.inf
+    assert q[0, 1, 0].isnan().all() and q[0, 3, 1].isnan().any() and v[0, 4, 0, 0] == -torch.inf
+    expected[0][0, 1, 0], expected[0][0, 3, 1], expected[2][0, 4, 0, 0] = q[0, 1, 0], q[0, 3, 1], -torch.inf
     for ours, theirs in zip((q, k, v), expected, strict=True):
         assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
 
@@ -241,7 +292,7 @@ def test_nothing_gives_nothing(batch, tokens, device):
     make = Make(F32, device)
     qkv, options = inputs(make, batch, tokens, 2, 1, 8)
     q, k, v = run(device, qkv, 2, rotation=make.rotation(tokens, d=8), **options)
-    assert q.shape == (batch, 2, tokens, 8) and k.shape == v.shape == (batch, 1, tokens, 8)
+    assert q.shape == (batch, tokens, 2, 8) and k.shape == v.shape == (batch, tokens, 1, 8)
     full = make.normal(2, 3, 32)
     if tokens == 0:  # an empty stream beside others
         assert_same_bits(run(device, [qkv, full, qkv], 2, **options), run(device, full, 2, **options))
@@ -257,7 +308,7 @@ def test_offsets_beyond_2_31_elements(device):
     qkv = space.as_strided(dense.shape, (apart, 3 * d, 1))
     qkv.copy_(dense)
     results = [torch.empty(apart + 3 * d, dtype=BF16, device=dense.device) for _ in range(3)]
-    out = tuple(t.as_strided((2, 1, 3, d), (apart, d, d, 1)) for t in results)
+    out = tuple(t.as_strided((2, 3, 1, d), (apart, d, d, 1)) for t in results)
     options = {"q_weight": make.weight(d), "k_weight": make.weight(d), "rotation": make.rotation(3, d=d)}
     run(device, qkv, 1, out=out, **options)
     assert_same_bits(out, run(device, dense, 1, **options))
@@ -268,7 +319,7 @@ def test_large_results_are_written_past_the_caches(device):
     # More than 4 MiB; a result that is not aligned goes the other way.
     make, d = Make(BF16, device), 64
     qkv, options = inputs(make, 1, 1500, 10, 10, d)
-    options |= {"rotation": make.rotation(1500, d=d), "layout": "blhd"}
+    options["rotation"] = make.rotation(1500, d=d)
     results = run(device, qkv, 10, **options)
     assert_close(results, reference(qkv, 10, **options), BF16)
     shifted = [torch.empty(t.numel() + 1, dtype=BF16, device=t.device)[1:].view(t.shape) for t in results]

@@ -68,12 +68,12 @@ def test_refuses_a_wrong_out():
     memory = torch.zeros(2 * 4 * 5 * D + QKV.numel())
     across = memory[: q.numel()].view(q.shape)
     for qkv, out, message in [
-        (QKV, (q.double(), k, v), r"out q must be f32\[2, 4, 5, 24\] on the device of .* got f64"),
-        (QKV, (q, q, v), r"out k must be f32\[2, 2, 5, 24\]"),
-        (QKV, (q, k, v.transpose(1, 2)), r"out v must be f32\[2, 2, 5, 24\]"),
+        (QKV, (q.double(), k, v), r"out q must be f32\[2, 5, 4, 24\] on the device of .* got f64"),
+        (QKV, (q, q, v), r"out k must be f32\[2, 5, 2, 24\]"),
+        (QKV, (q, k, v.transpose(1, 2)), r"out v must be f32\[2, 5, 2, 24\]"),
         (QKV, (q, k, v.mT.contiguous().mT), "out v must have no gaps along its last axis"),
         (QKV, (q, k, k), "q, k and v of out must be different memory"),
-        (QKV, (q[:1].expand(2, 4, 5, D), k, v), "out must have no overlap within, got .* with stride 0"),
+        (QKV, (q[:1].expand(2, 5, 4, D), k, v), "out must have no overlap within, got .* with stride 0"),
         (memory[-1 - QKV.numel() : -1].view(QKV.shape), (across, k, v), "out must share no memory"),
     ]:
         with pytest.raises(ValueError, match=message):
