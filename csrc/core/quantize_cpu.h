@@ -32,20 +32,32 @@ template <typename T> bool streams(const RowVectors<T>& out, int axes, int64_t r
   return aligned && out.data && should_stream(out.data, rows * cols * sizeof(T));
 }
 
-// v H in place, in groups of `rotation`: for each base-4 digit of the position H4 / 2, which is half the sum
-// of the four minus the one with both bits flipped.
-template <typename A> RFK_HD void rotate_row(A* v, int64_t n, int rotation) {
-  for (int64_t stride = 1; stride < rotation; stride *= 4)
-    for (int64_t base = 0; base < n; base += 4 * stride)
+// One base-4 digit of the position: H4 / 2 is half the sum of the four minus the one with both bits flipped.
+template <int64_t kStride, typename A> RFK_HD void rotate_digit(A* v, int64_t n) {
+  const auto four = [](A* w) __attribute__((always_inline)) {
+    const A a = w[0], b = w[kStride], c = w[2 * kStride], d = w[3 * kStride];
+    const A half = ((a + b) + (c + d)) * A(0.5);
+    w[0] = half - d;
+    w[kStride] = half - c;
+    w[2 * kStride] = half - b;
+    w[3 * kStride] = half - a;
+  };
+  if constexpr (kStride == 1) {  // neighbours: one loop, which GCC turns into permutations
 #pragma omp simd
-      for (int64_t i = base; i < base + stride; ++i) {
-        const A a = v[i], b = v[i + stride], c = v[i + 2 * stride], d = v[i + 3 * stride];
-        const A half = ((a + b) + (c + d)) * A(0.5);
-        v[i] = half - d;
-        v[i + stride] = half - c;
-        v[i + 2 * stride] = half - b;
-        v[i + 3 * stride] = half - a;
-      }
+    for (int64_t base = 0; base < n; base += 4 * kStride) four(v + base);
+  } else {
+    for (int64_t base = 0; base < n; base += 4 * kStride)
+#pragma omp simd
+      for (int64_t i = 0; i < kStride; ++i) four(v + base + i);
+  }
+}
+
+// v H in place, in groups of `rotation`.
+template <typename A> RFK_HD void rotate_row(A* v, int64_t n, int rotation) {
+  rotate_digit<1>(v, n);
+  rotate_digit<4>(v, n);
+  if (rotation >= 64) rotate_digit<16>(v, n);
+  if (rotation >= 256) rotate_digit<64>(v, n);
 }
 
 template <Codes kFormat, typename A>
