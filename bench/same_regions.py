@@ -98,7 +98,8 @@ def _heads(m: Draw) -> Iterator[tuple[str, tuple, bool]]:
     dtype = F64 if m.tokens == F64 else F32
     table = ops.rotary_table(torch.arange(7)[:, None], (d,), dtype=dtype)
     for weights, tier in (([], "fast"), ([m.row(d) for _ in range(4)], "exact")):
-        yield "qkv_norm_rope", (streams, weights, table, 1, HEADS, HEADS, 1, 1e-6, "blhd", tier), not weights
+        numbers = (1, HEADS, HEADS, 1, 1e-6, "blhd", tier, True)
+        yield "qkv_norm_rope", (streams, weights, table, *numbers), not weights
     grads = [m.x(2, 8, HEADS, d) for _ in range(3)]
     numbers = (1, HEADS, HEADS, 3, 1, 1e-6, "blhd")  # the second stream
     yield "qkv_norm_rope_backward", (*grads, streams[1:], weights[2:], table, *numbers), False
@@ -116,6 +117,6 @@ def differing(here: tuple[Tensor, ...], there: tuple[Tensor, ...], tolerance: fl
 def valued(results: tuple[Tensor, ...]) -> list[Tensor]:
     """The results in float64, codes times their scales."""
     *tokens, last = (t.double() for t in results)
-    if results[-1].ndim == results[0].ndim - 1 and len(results) > 1:
+    if len(results) > 1 and results[-1].shape == results[-2].shape[:-1]:
         return [*tokens[:-1], tokens[-1] * last[..., None], last]
     return [*tokens, last]

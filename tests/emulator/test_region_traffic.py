@@ -154,7 +154,8 @@ def test_two_fused_projections_become_heads_in_one_pass(emulated, dtype, layout)
     streams, weights = [m.x(3 * WIDTH) for _ in range(2)], [torch.ones(D).to(dtype) for _ in range(4)]
     results = heads(dtype, layout)
     angles = torch.randn(2 * ROWS, D // 2, 2)
-    emulated.qkv_norm_rope(*results, streams, weights, angles, 1, HEADS, HEADS, 0, 1e-6, layout, "fast")
+    numbers = (1, HEADS, HEADS, 0, 1e-6)
+    emulated.qkv_norm_rope(*results, streams, weights, angles, *numbers, layout, "fast", True)
     traffic = emulated.traffic()
     for result, t in zip(results, traffic[:3], strict=True):
         assert t.writes == {16: result.nbytes // 16} and not t.reads
@@ -169,7 +170,7 @@ def test_the_gradient_of_a_projection_is_made_in_one_pass(emulated, dtype, layou
     m = Tensors(dtype, dtype)
     stream, weights = m.x(3 * WIDTH), [torch.ones(D).to(dtype) for _ in range(2)]
     grads, d_tokens = heads(dtype, layout), torch.empty(1, ROWS, 3 * WIDTH, dtype=dtype)
-    angles, d_weights = torch.randn(2 * ROWS, D // 2, 2), torch.empty(1, 2, D)
+    angles, d_weights = torch.randn(2 * ROWS, D // 2, 2), torch.empty(1, 2 * D)
     numbers = (1, HEADS, HEADS, ROWS, 0, 1e-6, layout)  # the second stream of a joint attention
     emulated.qkv_norm_rope_backward(d_tokens, d_weights, *grads, [stream], weights, angles, *numbers)
     of_tokens, of_weights, *of_grads, of_stream = emulated.traffic()[:6]
