@@ -36,7 +36,7 @@ void gated_activation_backward(Stream stream, const TensorView& out, const Tenso
                                bool gate_first);
 
 // The two forms as codes of eight bits and their scales (core/quantize.h): codes i8, or u8 for e4m3; scales
-// f32, one a row, or a tensor_scale that is given. Widths of CUDA tensors are at most 20480 (f64: 8192).
+// f32, one a row, or a tensor_scale that is given. Widths of CUDA tensors are at most 20480 (f64: 5120).
 void activation_quantize(Stream stream, const TensorView& codes, const TensorView& scales,
                          const TensorView& x, const std::optional<TensorView>& bias, const std::string& kind,
                          const std::string& tier, const std::optional<TensorView>& tensor_scale,

@@ -77,11 +77,11 @@ struct QuantizeVectorsCuda {
 
   template <typename T, typename Op>
   void operator()(const RowPlan& plan, const Vectors<T, Op>& vectors, Op op) const {
-    constexpr int K = sizeof(T) == 8 ? 2 : 5;
+    constexpr int K = sizeof(T) == 8 ? 1 : 4;
     bool vector = plan.cols % kPack == 0 && quantized.codes.aligned(8);
     for (const RowVectors<const T>& in : vectors.in) vector &= in.aligned(16);
     for (const ColumnParam& param : vectors.param) vector &= uintptr_t(param.data) % 16 == 0;
-    const unsigned threads = tile_threads<K>(name, plan);
+    const unsigned threads = tile_threads<K, kTileThreads>(name, plan);
     const DeviceGuard guard(device);
     const auto kernel =
         vector ? activation_quantize_kernel<T, Op, K, true> : activation_quantize_kernel<T, Op, K, false>;

@@ -9,7 +9,7 @@
 namespace rfk {
 
 inline constexpr int kPack = 8;
-inline constexpr int kTileThreads = 512;  // at most
+inline constexpr int kTileThreads = 640;  // at most; a kernel bounds them by the registers that it needs
 
 template <typename T> struct alignas(8 * sizeof(T) < 16 ? 8 : 16) Pack8 {
   T v[kPack];
@@ -39,9 +39,10 @@ __device__ void store_pack(T* row, int64_t at, int64_t width, const Pack8<T>& p)
   }
 }
 
-// The threads of a block whose tile holds a row of the plan.
-template <int K> unsigned tile_threads(const char* op, const RowPlan& plan) {
-  constexpr int64_t kPerWarp = 32 * K * kPack, kWidest = K * kPack * kTileThreads;
+// The threads of a block, at most kThreads, whose tile holds a row of the plan.
+template <int K, int kThreads> unsigned tile_threads(const char* op, const RowPlan& plan) {
+  static_assert(kThreads <= kTileThreads);
+  constexpr int64_t kPerWarp = 32 * K * kPack, kWidest = K * kPack * kThreads;
   check(plan.cols <= kWidest && plan.rows <= INT32_MAX, op, ": expected at most ", INT32_MAX,
         " rows of at most ", kWidest, " on CUDA, got ", plan.rows, " of ", plan.cols);
   return 32 * unsigned((plan.cols + kPerWarp - 1) / kPerWarp);

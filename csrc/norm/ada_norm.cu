@@ -96,9 +96,12 @@ __device__ void norm_modulate_tile(const AdaNorm<T, M>& op, const Parameters<M, 
   });
 }
 
+// Threads of a block: rows without alignment need more registers.
+template <int K, bool kVector> inline constexpr int kThreads = K == 8 && !kVector ? 384 : 512;
+
 // Block = row.
 template <typename T, typename M, int K, bool kVector, Code kCode>
-__global__ void __launch_bounds__(kTileThreads) ada_norm_kernel(AdaNorm<T, M> op) {
+__global__ void __launch_bounds__((kThreads<K, kVector>)) ada_norm_kernel(AdaNorm<T, M> op) {
   using A = acc_t<T>;
   const RowIndex row = op.plan.index(blockIdx.x);
   const Parameters<M, A> p = op.parameters(row);
@@ -122,7 +125,7 @@ struct AdaNormCuda {
   int device;
 
   template <typename T, typename M> void operator()(const AdaNorm<T, M>& op) const {
-    const bool vector = op.aligned(), narrow = op.plan.cols <= 4 * kPack * kTileThreads;
+    const bool vector = op.aligned(), narrow = op.plan.cols <= 4 * kPack * kThreads<4, true>;
     if constexpr (sizeof(T) == 8)
       return vector ? run<2, true, Code::all>(op) : run<2, false, Code::all>(op);
     else if (!vector)
@@ -137,7 +140,7 @@ struct AdaNormCuda {
   template <int K, bool kVector, Code kCode, typename T, typename M> void run(const AdaNorm<T, M>& op) const {
     const DeviceGuard guard(device);
     launch("ada_norm", ada_norm_kernel<T, M, K, kVector, kCode>, dim3(unsigned(op.plan.rows)),
-           dim3(tile_threads<K>(op.name, op.plan)), 0, stream, op);
+           dim3(tile_threads<K, kThreads<K, kVector>>(op.name, op.plan)), 0, stream, op);
   }
 };
 

@@ -26,10 +26,13 @@ __device__ void gradient_pack(const AdaNormBackward<T, M>& op, const M* table, c
   }
 }
 
+// Threads of a block: float64 needs more registers.
+template <typename T> inline constexpr int kThreads = sizeof(T) == 8 ? 384 : 512;
+
 // Block = task: the rows of one part of a group, one after the other; P and Q wait in shared memory, where
 // each thread has its own columns.
 template <typename T, typename M, int K, bool kVector>
-__global__ void __launch_bounds__(kTileThreads) ada_norm_backward_kernel(AdaNormBackward<T, M> op) {
+__global__ void __launch_bounds__(kThreads<T>) ada_norm_backward_kernel(AdaNormBackward<T, M> op) {
   using A = acc_t<T>;
   const int width = int(op.plan.cols);
   const int64_t group = blockIdx.x / op.splits, split = blockIdx.x % op.splits;
@@ -112,7 +115,7 @@ struct BackwardCuda {
           " where parameters want gradients, got ", op.plan.cols);
     const DeviceGuard guard(device);
     launch(name, ada_norm_backward_kernel<T, M, K, kVector>, dim3(unsigned(op.groups * op.splits)),
-           dim3(tile_threads<K>(name, op.plan)), size_t(shared), stream, op);
+           dim3(tile_threads<K, kThreads<T>>(name, op.plan)), size_t(shared), stream, op);
   }
 };
 

@@ -10,9 +10,9 @@
 // strides. Parameters have their dtype, or are f32 beside 16-bit tokens: weight and bias [width]; scale,
 // shift and gate [*lead', width], lead' leading axes of x, each as long or 1, or [groups, width] where index,
 // i64 or i32 [*lead'], says which row serves a token. An index out of range is an error on the CPU and makes
-// NaN on CUDA. Widths of CUDA tensors are at most 32768 (f64: 8192). norm: "layer", "rms", "none";
-// gate_activation: "none", "tanh"; tier: "fast", "exact", "exact_before_weight". Codes are i8, or u8 for
-// e4m3, with a scale per row (core/quantize.h), or, e4m3 alone, one that is given.
+// NaN on CUDA. Widths of CUDA tensors are at most 32768, 24576 where rows are not aligned (f64: 8192). norm:
+// "layer", "rms", "none"; gate_activation: "none", "tanh"; tier: "fast", "exact", "exact_before_weight".
+// Codes are i8, or u8 for e4m3, with a scale per row (core/quantize.h), or, e4m3 alone, one that is given.
 
 namespace rfk {
 
