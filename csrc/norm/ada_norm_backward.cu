@@ -27,7 +27,7 @@ __device__ void gradient_pack(const AdaNormBackward<T, M>& op, const M* table, c
 }
 
 // Threads of a block: float64 needs more registers.
-template <typename T> inline constexpr int kThreads = sizeof(T) == 8 ? 384 : 512;
+template <typename T> inline constexpr int kThreads = sizeof(T) == 8 ? 256 : 512;
 
 // Block = task: the rows of one part of a group, one after the other; P and Q wait in shared memory, where
 // each thread has its own columns.
