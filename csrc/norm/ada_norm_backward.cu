@@ -101,8 +101,10 @@ struct BackwardCuda {
   int device;
 
   template <typename T, typename M> void operator()(const AdaNormBackward<T, M>& op) const {
-    constexpr int K = sizeof(T) == 8 ? 2 : 4;
-    op.aligned() ? run<K, true>(op) : run<K, false>(op);
+    if constexpr (sizeof(T) == 8)
+      run<2, false>(op);  // its packs are moved value by value, which needs no spills
+    else
+      op.aligned() ? run<4, true>(op) : run<4, false>(op);
   }
 
  private:
