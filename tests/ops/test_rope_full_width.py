@@ -224,7 +224,7 @@ def test_refuses_what_does_not_fit(kernel):
             run(kernel, qkv, 4, kv_heads=2, q_weight=q_weight, k_weight=k_weight)
 
 
-def test_cuda_refuses_the_gradient_of_very_many_columns():
+def test_emulated_cuda_refuses_the_gradient_of_very_many_columns():
     make, heads, d = Make(F64, "emulated"), 49, 256
     grads = [make.normal(1, 1, n, d) for n in (heads, 1, 1)]
     args = ([make.normal(1, 1, 51 * d)], [make.weight(heads * d), make.weight(d)])
