@@ -171,12 +171,12 @@ def gated_residual_norm_modulate(
 
 # --- registration ---
 
-_PARAMETERS = "Tensor? weight, Tensor? bias, str norm, float eps, str tier"
-_BRANCH = "str gate_activation, str branch_norm, Tensor? branch_weight"
+PARAMETERS = "Tensor? weight, Tensor? bias, str norm, float eps, str tier"
+BRANCH = "str gate_activation, str branch_norm, Tensor? branch_weight"
 
 _norm_modulate = define(
     "norm_modulate",
-    f"Tensor x, Tensor? scale, Tensor? shift, Tensor? index, {_PARAMETERS}",
+    f"Tensor x, Tensor? scale, Tensor? shift, Tensor? index, {PARAMETERS}",
     _C.norm_modulate,
     like,
     norm_modulate_reference,
@@ -184,7 +184,7 @@ _norm_modulate = define(
 )
 _gated_residual = define(
     "gated_residual",
-    f"Tensor x, Tensor y, Tensor? gate, Tensor? index, {_BRANCH}, float eps, str tier",
+    f"Tensor x, Tensor y, Tensor? gate, Tensor? index, {BRANCH}, float eps, str tier",
     _C.gated_residual,
     like,
     gated_residual_reference,
@@ -193,8 +193,7 @@ _gated_residual = define(
 )
 _gated_residual_norm_modulate = define(
     "gated_residual_norm_modulate",
-    f"Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? index, {_BRANCH}, "
-    f"{_PARAMETERS}",
+    f"Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? index, {BRANCH}, {PARAMETERS}",
     _C.gated_residual_norm_modulate,
     lambda x, *_: (like(x), like(x)),
     gated_residual_norm_modulate_reference,

@@ -19,6 +19,8 @@ Tiers: "fast" quantises the float32 values of the region, "exact" what eager tor
 gradients.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,9 @@ from rfkernels.ops._norm_definitions import (
     norm_modulate_reference,
 )
 from rfkernels.ops._norm_gradients import like
-from rfkernels.ops._register import define
+from rfkernels.ops._register import Op, define
 from rfkernels.ops.activation import activation_reference, gated_activation_reference, split_bias
-from rfkernels.ops.norm import checked_index
+from rfkernels.ops.norm import BRANCH, PARAMETERS, checked_index
 
 __all__ = [
     "activation_quantize",
@@ -232,41 +234,47 @@ def _bytes(codes: Tensor) -> Tensor:
     return codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
 
 
-_CODING = "str format, Tensor? tensor_scale, int rotation"
-_PARAMETERS = "Tensor? weight, Tensor? bias, str norm, float eps, str tier"
+def _define(
+    name: str, params: str, reference: Callable, tokens: Callable, results: tuple[str, ...] = ()
+) -> Op:
+    """Registers an op that ends in codes and scales; `results` come before, each like the first argument.
 
-_norm_modulate_quantize = define(
+    `tokens(*args)` is shaped as the codes. The last three arguments are format, tensor_scale, rotation; the
+    kernel sees the format by the dtype of the codes.
+    """
+    kernel, at = getattr(_C, name), len(results)
+    return define(
+        name,
+        f"{params}, str format, Tensor? tensor_scale, int rotation",
+        lambda *args: kernel(*args[:at], _bytes(args[at]), *args[at + 1 : -3], *args[-2:]),
+        lambda *args: (*(like(args[0]) for _ in results), *_empty(tokens(*args), *args[-3:-1])),
+        reference,
+        outputs=(*results, "codes", "scales"),
+    )
+
+
+_norm_modulate_quantize = _define(
     "norm_modulate_quantize",
-    f"Tensor x, Tensor? scale, Tensor? shift, Tensor? index, {_PARAMETERS}, {_CODING}",
-    lambda codes, scales, *args: _C.norm_modulate_quantize(_bytes(codes), scales, *args[:-3], *args[-2:]),
-    lambda x, *args: _empty(x, *args[-3:-1]),
+    f"Tensor x, Tensor? scale, Tensor? shift, Tensor? index, {PARAMETERS}",
     norm_modulate_quantize_reference,
-    outputs=("codes", "scales"),
+    lambda x, *_: x,
 )
-_gated_residual_norm_modulate_quantize = define(
+_gated_residual_norm_modulate_quantize = _define(
     "gated_residual_norm_modulate_quantize",
-    "Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? index, str gate_activation, "
-    f"str branch_norm, Tensor? branch_weight, {_PARAMETERS}, {_CODING}",
-    lambda x_out, codes, scales, *args: _C.gated_residual_norm_modulate_quantize(
-        x_out, _bytes(codes), scales, *args[:-3], *args[-2:]
-    ),
-    lambda x, *args: (like(x), *_empty(x, *args[-3:-1])),
+    f"Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? index, {BRANCH}, {PARAMETERS}",
     gated_residual_norm_modulate_quantize_reference,
-    outputs=("x_out", "codes", "scales"),
+    lambda x, *_: x,
+    results=("x_out",),
 )
-_activation_quantize = define(
+_activation_quantize = _define(
     "activation_quantize",
-    f"Tensor x, Tensor? bias, str kind, str tier, {_CODING}",
-    lambda codes, scales, *args: _C.activation_quantize(_bytes(codes), scales, *args[:-3], *args[-2:]),
-    lambda x, *args: _empty(x, *args[-3:-1]),
+    "Tensor x, Tensor? bias, str kind, str tier",
     activation_quantize_reference,
-    outputs=("codes", "scales"),
+    lambda x, *_: x,
 )
-_gated_activation_quantize = define(
+_gated_activation_quantize = _define(
     "gated_activation_quantize",
-    f"Tensor x, Tensor? up, Tensor? bias, Tensor? up_bias, str kind, bool gate_first, str tier, {_CODING}",
-    lambda codes, scales, *args: _C.gated_activation_quantize(_bytes(codes), scales, *args[:-3], *args[-2:]),
-    lambda x, up, *args: _empty(x if up is not None else x[..., : x.shape[-1] // 2], *args[-3:-1]),
+    "Tensor x, Tensor? up, Tensor? bias, Tensor? up_bias, str kind, bool gate_first, str tier",
     gated_activation_quantize_reference,
-    outputs=("codes", "scales"),
+    lambda x, up, *_: x if up is not None else x[..., : x.shape[-1] // 2],
 )
