@@ -18,18 +18,15 @@ void run_cpu(const ActivationQuantizeCall& c) {
 }
 
 void check_call(const ActivationQuantizeCall& c) {
-  const TensorView& x = c.x;
-  check_tokens(c.op, "x", x);
-  const int64_t width = x.shape[x.ndim - 1];
-  const bool packed = c.gated && !c.up;
-  check(!packed || width % 2 == 0, c.op, ": x must hold two halves along its last axis, or up be given; got ",
-        x);
-  check(!c.up || same_type(*c.up, x), c.op, ": up must be like x ", x, ", got ", c.up);
-  check(c.up || !c.up_bias, c.op, ": one bias of both halves goes with one packed x, got two");
-  check_bias(c.op, "bias", c.bias, x, width);
-  check_bias(c.op, "the bias of up", c.up_bias, x, width);
-  check_names(c.op, c.kind, c.tier);
-  check_codes(c.op, c.codes, c.scales, packed ? half_of(x, 0) : x, c.tensor_scale, c.rotation);
+  TensorView tokens = c.x;
+  if (c.gated) {
+    tokens = check_gate_and_up(c.op, c.x, c.up, c.bias, c.up_bias, c.kind, c.tier);
+  } else {
+    check_tokens(c.op, "x", c.x);
+    check_bias(c.op, "bias", c.bias, c.x, c.x.shape[c.x.ndim - 1]);
+    check_names(c.op, c.kind, c.tier);
+  }
+  check_codes(c.op, c.codes, c.scales, tokens, c.tensor_scale, c.rotation);
 }
 
 void run(Stream stream, const ActivationQuantizeCall& c) {

@@ -7,21 +7,6 @@
 namespace rfk {
 namespace {
 
-// Checks the inputs of a call; returns the shape and dtype of one half.
-TensorView check_gate_and_up(const char* op, const TensorView& x, const std::optional<TensorView>& up,
-                             const std::optional<TensorView>& bias, const std::optional<TensorView>& up_bias,
-                             const std::string& kind, const std::string& tier) {
-  check_tokens(op, "x", x);
-  const int64_t width = x.shape[x.ndim - 1];
-  check(up || width % 2 == 0, op, ": x must hold two halves along its last axis, or up be given; got ", x);
-  check(!up || same_type(*up, x), op, ": up must be like x ", x, ", got ", up.value_or(x));
-  check(up || !up_bias, op, ": one bias of both halves goes with one packed x, got two");
-  check_bias(op, "bias", bias, x, width);
-  check_bias(op, "the bias of up", up_bias, x, width);
-  check_names(op, kind, tier);
-  return up ? x : half_of(x, 0);
-}
-
 void check_overlap(const char* op, const TensorView& out, const GateAndUp& in) {
   check_no_partial_overlap(op, out, in.gate);
   check_no_partial_overlap(op, out, in.up);

@@ -20,7 +20,7 @@ RFK_SIMD void quantize_map_rows(const RowPlan& plan, const Vectors<T, Op>& vecto
     map_columns<T, acc_t<T>>(vectors, at, 0, plan.cols, op, result);
     if (exact)
 #pragma omp simd
-      for (int64_t c = 0; c < plan.cols; ++c) row_values[c] = load(store<T>(row_values[c]));
+      for (int64_t c = 0; c < plan.cols; ++c) row_values[c] = rounded_to<T>(row_values[c]);
     quantize_row(q, q.codes.at(at), q.scales.data ? q.scales.at(at) : nullptr, row_values, plan.cols,
                  past_cache);
   }
