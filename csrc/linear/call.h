@@ -1,0 +1,53 @@
+#pragma once
+
+#include <array>
+#include <string_view>
+
+#include "core/activation.h"
+#include "linear/linear.h"
+
+namespace rfk {
+
+// How a weight is stored.
+enum class Storage : uint8_t { floating, int8, e4m3, int4 };
+
+// What the epilogue applies to the sum.
+enum class Epilogue : uint8_t { none, relu, gelu, gelu_tanh, silu, relu2 };
+
+template <typename A> RFK_HD A apply(Epilogue kind, A v) {
+  switch (kind) {
+    case Epilogue::none: return v;
+    case Epilogue::relu: return v < 0 ? A(0) : v;  // NaN stays
+    case Epilogue::gelu: return activate(Activation::gelu, v);
+    case Epilogue::gelu_tanh: return activate(Activation::gelu_tanh, v);
+    case Epilogue::silu: return activate(Activation::silu, v);
+    case Epilogue::relu2: return activate(Activation::relu2, v);
+  }
+  return v;
+}
+
+// A code of `v / scale`, saturated; NaN becomes 0
+RFK_HD int8_t saturated_code(float scaled) {
+  const float bounded = scaled > 127 ? 127.0f : scaled > -127 ? scaled : scaled == scaled ? -127.0f : 0.0f;
+  return int8_t(int32_t(std::nearbyint(bounded)));
+}
+
+// A checked call. All views are 2-d or 1-d with neighbours along the last axis adjacent; only rows of x, out
+// and residual may be strided.
+struct LinearCall {
+  TensorView out, x, weight;
+  Optional x_scale, weight_scale, weight_zero, bias, hidden, up, gate, residual, out_scale, workspace;
+  Epilogue epilogue = Epilogue::none;
+  Storage storage = Storage::floating;
+  int64_t m = 0, n = 0, k = 0, rank = 0;
+  int64_t groups = 1;       // of weight_scale and weight_zero along k
+  bool scale_per_row = false;  // weight_scale has one number per output (or more), not one in all
+
+  int64_t group() const { return k / groups; }
+  int64_t rows_per_gate() const { return gate ? m / gate->shape[0] : 1; }
+};
+
+void linear_cpu(const LinearCall& call);
+void linear_cuda(Stream stream, const LinearCall& call);
+
+}  // namespace rfk
