@@ -52,6 +52,7 @@ void def(py::module_& m, const char* name, void (*f)(Stream, const TensorView&, 
 void bind_activation(py::module_& m);
 void bind_embedding(py::module_& m);
 void bind_guidance(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_noise(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_rope(py::module_& m);

@@ -76,6 +76,14 @@ RFK_HD uint8_t encode_e4m3(float x) {
   return uint8_t(finite ? sign | code : 0x7f);
 }
 
+RFK_HD float decode_e4m3(uint8_t code) {
+  const uint32_t sign = uint32_t(code & 0x80) << 24, magnitude = code & 0x7f;
+  const uint32_t normal = (magnitude << 20) + (120u << 23);
+  const uint32_t subnormal = std::bit_cast<uint32_t>(float(int32_t(magnitude)) * 0x1p-9f);
+  const uint32_t finite = detail::choose(magnitude < 8, subnormal, normal);
+  return std::bit_cast<float>(sign | detail::choose(magnitude == 0x7f, 0x7fc00000, finite));
+}
+
 RFK_HD uint8_t encode(float x, Codes format) {
   return format == Codes::int8 ? encode_int8(x) : encode_e4m3(x);
 }

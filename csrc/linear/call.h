@@ -11,6 +11,17 @@ namespace rfk {
 // How a weight is stored.
 enum class Storage : uint8_t { floating, int8, e4m3, int4 };
 
+inline bool is_floating(DType t) {
+  return t == DType::f64 || t == DType::f32 || t == DType::f16 || t == DType::bf16;
+}
+
+// How `weight` [n, .] is stored beside x [., k]; four-bit codes lie two a byte.
+inline Storage storage_of(const TensorView& weight, int64_t k) {
+  if (is_floating(weight.dtype)) return Storage::floating;
+  if (weight.dtype == DType::i8) return Storage::int8;
+  return k > 0 && weight.shape[1] * 2 == k ? Storage::int4 : Storage::e4m3;
+}
+
 // What the epilogue applies to the sum.
 enum class Epilogue : uint8_t { none, relu, gelu, gelu_tanh, silu, relu2 };
 
@@ -40,7 +51,7 @@ struct LinearCall {
   Epilogue epilogue = Epilogue::none;
   Storage storage = Storage::floating;
   int64_t m = 0, n = 0, k = 0, rank = 0;
-  int64_t groups = 1;       // of weight_scale and weight_zero along k
+  int64_t groups = 1;          // of weight_scale and weight_zero along k
   bool scale_per_row = false;  // weight_scale has one number per output (or more), not one in all
 
   int64_t group() const { return k / groups; }

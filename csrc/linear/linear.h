@@ -14,14 +14,23 @@ using Optional = std::optional<TensorView>;
 // out = residual + gate * act(x W^T + hidden up^T + bias), or codes rint(that / out_scale) in -127 .. 127
 //
 // x [m, k]: floating; or int8 or e4m3 codes, with x_scale f32 [m]. Rows may be strided.
-// weight, contiguous: [n, k] like x, int8 or e4m3 (weight_scale one number or [n]); or u8 [n, k / 2], four-bit
-// codes (weight_scale [n] or [n, groups], weight_zero [n, groups] u8 or floating; rfkernels/ops/linear.py).
-// bias [n]; hidden [m, rank] f32 (f64), up [n, rank]; gate [s, n], s a divisor of m: row i reads gate row i s / m;
-// residual [m, n]. bias, gate and residual are f32 (f64) or of the dtype of out or x.
+// weight, contiguous: [n, k] like x, int8 or e4m3 (weight_scale one number or [n]); or u8 [n, k / 2],
+// four-bit codes (weight_scale [n] or [n, groups], weight_zero [n, groups] u8 or floating;
+// rfkernels/ops/linear.py). bias [n]; hidden [m, rank] f32 (f64), up [n, rank]; gate [s, n], s a divisor of
+// m: row i reads gate row i s / m; residual [m, n]. bias, gate and residual are f32 (f64) or of the dtype of
+// out or x.
 void linear(Stream stream, const TensorView& out, const TensorView& x, const Optional& x_scale,
             const TensorView& weight, const Optional& weight_scale, const Optional& weight_zero,
             const Optional& bias, const Optional& hidden, const Optional& up, const Optional& gate,
             const Optional& residual, const Optional& out_scale, const Optional& workspace,
             const std::string& activation);
+
+// The bytes of workspace (u8, any alignment) that `linear` needs for such tensors; on CUDA none.
+int64_t linear_workspace(const TensorView& x, const TensorView& weight, const Optional& weight_scale,
+                         const Optional& weight_zero, const Optional& up);
+
+// Confines `linear` on the CPU to an instruction set: generic, avx2, avx_vnni, avx512, avx512_vnni or
+// avx512_bf16. Returns whether this CPU has it. For tests.
+bool limit_linear_instructions(const std::string& name);
 
 }  // namespace rfk

@@ -1,0 +1,170 @@
+#include "linear/linear.h"
+
+#include "core/backend.h"
+#include "linear/call.h"
+#include "linear/plan_cpu.h"
+
+namespace rfk {
+namespace {
+
+constexpr const char* kOp = "linear";
+
+Epilogue epilogue_of(const std::string& name) {
+  constexpr const char* kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "relu2"};
+  const auto* found = std::find(std::begin(kNames), std::end(kNames), name);
+  check(found != std::end(kNames), kOp,
+        ": activation must be none, relu, gelu, gelu_tanh, silu or relu2, got ", name);
+  return Epilogue(found - kNames);
+}
+
+// Rows of neighbours, `rows` by `columns`, on the device of x.
+bool is_matrix(const TensorView& t, const LinearCall& c, int64_t rows, int64_t columns) {
+  return t.ndim == 2 && t.shape[0] == rows && t.shape[1] == columns && t.device == c.x.device &&
+         (columns <= 1 || t.stride[1] == 1);
+}
+
+bool is_vector(const TensorView& t, const LinearCall& c, int64_t length) {
+  return t.ndim == 1 && t.shape[0] == length && t.device == c.x.device && t.is_contiguous();
+}
+
+void check_weight(LinearCall& c) {
+  const TensorView &x = c.x, &w = c.weight;
+  check(x.ndim == 2 && is_matrix(x, c, c.m, c.k) && x.dtype != DType::i32 && x.dtype != DType::i64, kOp,
+        ": x must be [rows, in] with neighbours along the last axis adjacent, floating, int8 or "
+        "float8_e4m3fn, got ",
+        x);
+  c.storage = storage_of(w, c.k);
+  const bool four = c.storage == Storage::int4;
+  check(w.ndim == 2 && is_matrix(w, c, c.n, four ? c.k / 2 : c.k) && w.is_contiguous(), kOp,
+        ": weight must be contiguous [out, ", c.k, "], or uint8 [out, ", c.k / 2,
+        "] of four-bit codes, for x ", x, ", got ", w);
+  const bool fits = is_floating(x.dtype)   ? c.storage != Storage::floating || w.dtype == x.dtype
+                    : x.dtype == DType::i8 ? c.storage == Storage::int8 || c.storage == Storage::int4
+                                           : c.storage == Storage::e4m3;
+  check(fits, kOp,
+        ": expected a weight of the dtype of x or of codes; int8 x with int8 or four-bit weights, "
+        "float8_e4m3fn x with float8_e4m3fn weights; got x ",
+        x, " and weight ", w);
+}
+
+void check_scales(LinearCall& c) {
+  const DType wide = acc_of(c.x.dtype);
+  check(!c.x_scale == is_floating(c.x.dtype), kOp,
+        ": x_scale must be given for codes and only for them, got x ", c.x, " and x_scale ", c.x_scale);
+  check(!c.x_scale || (c.x_scale->dtype == DType::f32 && is_vector(*c.x_scale, c, c.m)), kOp,
+        ": x_scale must be contiguous f32[", c.m, "], one per row of x, got ", c.x_scale);
+  const bool needs = c.storage == Storage::int8 || c.storage == Storage::int4;
+  check(c.weight_scale || !needs, kOp, ": weight_scale must be given for a weight ", c.weight);
+  if (c.weight_scale) {
+    const TensorView& s = *c.weight_scale;
+    const bool grouped = c.storage == Storage::int4 && s.ndim == 2;
+    c.groups = grouped ? s.shape[1] : 1;
+    c.scale_per_row = grouped || s.numel() != 1 || c.n == 1;
+    const int64_t rows = c.scale_per_row ? c.n : 1;
+    check(is_floating(s.dtype) && s.is_contiguous() && s.device == c.x.device &&
+              (grouped ? s.shape[0] == c.n : s.numel() == rows),
+          kOp, ": weight_scale must be floating, contiguous, one number or one per output ", c.n,
+          c.storage == Storage::int4 ? " or [out, groups]" : "", ", got ", s);
+    check(c.groups >= 1 && c.k % c.groups == 0 && (c.groups == 1 || c.group() % 16 == 0), kOp,
+          ": groups must divide the inputs ", c.k, " into multiples of 16, got weight_scale ", s);
+    check(grouped || s.dtype == wide, kOp, ": weight_scale must be ", name_of(wide), ", got ", s);
+  }
+  if (!c.weight_zero) return;
+  const TensorView& z = *c.weight_zero;
+  check(c.storage == Storage::int4 && is_floating(c.x.dtype), kOp,
+        ": weight_zero belongs to four-bit weights beside floating x, got x ", c.x, " and weight ", c.weight);
+  check(is_matrix(z, c, c.n, c.groups) && z.is_contiguous() && (z.dtype == DType::u8 || is_floating(z.dtype)),
+        kOp, ": weight_zero must be contiguous u8 or floating [", c.n, ", ", c.groups, "], got ", z);
+}
+
+void check_epilogue(LinearCall& c) {
+  const DType wide = acc_of(c.x.dtype);
+  const auto number = [&](const TensorView& t) {
+    return t.dtype == wide || t.dtype == c.out.dtype || t.dtype == c.x.dtype;
+  };
+  const auto kinds = [&](const char* name, const Optional& t) {
+    check(!t || (is_floating(t->dtype) && number(*t) && (t->dtype != DType::f64 || wide == DType::f64)), kOp,
+          ": ", name, " must be ", name_of(wide), " or of the dtype of out or x, got ", t);
+  };
+  kinds("bias", c.bias);
+  kinds("gate", c.gate);
+  kinds("residual", c.residual);
+  check(!c.bias || is_vector(*c.bias, c, c.n), kOp, ": bias must be contiguous [", c.n, "], got ", c.bias);
+  check(!c.gate || (c.gate->ndim == 2 && c.gate->shape[0] > 0 && c.m % c.gate->shape[0] == 0 &&
+                    is_matrix(*c.gate, c, c.gate->shape[0], c.n)),
+        kOp, ": gate must be [rows, ", c.n, "] with a divisor of ", c.m, " rows, got ", c.gate);
+  check(!c.residual || is_matrix(*c.residual, c, c.m, c.n), kOp, ": residual must be [", c.m, ", ", c.n,
+        "], got ", c.residual);
+  check(!c.hidden == !c.up, kOp, ": hidden and up must be given together, got ", c.hidden, " and ", c.up);
+  if (c.hidden) {
+    c.rank = c.hidden->ndim == 2 ? c.hidden->shape[1] : 0;
+    check(c.hidden->dtype == wide && is_matrix(*c.hidden, c, c.m, c.rank), kOp, ": hidden must be ",
+          name_of(wide), "[", c.m, ", rank], got ", c.hidden);
+    check(is_floating(c.up->dtype) && is_matrix(*c.up, c, c.n, c.rank) &&
+              (c.up->dtype != DType::f64 || wide == DType::f64),
+          kOp, ": up must be floating [", c.n, ", ", c.rank, "], got ", c.up);
+  }
+}
+
+void check_out(const LinearCall& c) {
+  const DType wide = acc_of(c.x.dtype);
+  check(is_matrix(c.out, c, c.m, c.n) && (is_floating(c.out.dtype) || c.out.dtype == DType::i8) &&
+            (wide == DType::f64) == (c.out.dtype == DType::f64),
+        kOp, ": out must be floating or int8 [", c.m, ", ", c.n, "], f64 as x is, got ", c.out);
+  check(!c.out_scale == (c.out.dtype != DType::i8), kOp,
+        ": out_scale must be given for int8 results, got out ", c.out, " and out_scale ", c.out_scale);
+  check(!c.out_scale || (c.out_scale->dtype == DType::f32 && c.out_scale->numel() == 1 &&
+                         c.out_scale->device == c.x.device),
+        kOp, ": out_scale must be one f32 number, got ", c.out_scale);
+  for (const Optional* in : {&c.x_scale, &c.weight_scale, &c.weight_zero, &c.bias, &c.hidden, &c.up, &c.gate})
+    if (*in) check_apart(kOp, c.out, **in);
+  check_apart(kOp, c.out, c.x);
+  check_apart(kOp, c.out, c.weight);
+  if (c.residual) check_no_partial_overlap(kOp, c.out, *c.residual);
+}
+
+}  // namespace
+
+void linear(Stream stream, const TensorView& out, const TensorView& x, const Optional& x_scale,
+            const TensorView& weight, const Optional& weight_scale, const Optional& weight_zero,
+            const Optional& bias, const Optional& hidden, const Optional& up, const Optional& gate,
+            const Optional& residual, const Optional& out_scale, const Optional& workspace,
+            const std::string& activation) {
+  LinearCall c{out,    x,  weight, x_scale,  weight_scale, weight_zero, bias,
+               hidden, up, gate,   residual, out_scale,    workspace};
+  c.epilogue = epilogue_of(activation);
+  check(x.ndim == 2 && weight.ndim == 2, kOp, ": x and weight must have two axes, got ", x, " and ", weight);
+  c.m = x.shape[0];
+  c.k = x.shape[1];
+  c.n = weight.shape[0];
+  check_weight(c);
+  check_scales(c);
+  check_epilogue(c);
+  check_out(c);
+  if (c.m == 0 || c.n == 0) return;
+  if (x.device.type == DeviceType::cpu) {
+    const int64_t bytes = plan_linear(c).workspace();
+    check(workspace && workspace->dtype == DType::u8 && workspace->is_contiguous() &&
+              workspace->numel() >= bytes && workspace->device == x.device,
+          kOp, ": workspace must be u8[", bytes, "], got ", workspace);
+    return linear_cpu(c);
+  }
+  if constexpr (kWithCuda) return linear_cuda(stream, c);
+  fail_without_cuda(kOp);
+}
+
+int64_t linear_workspace(const TensorView& x, const TensorView& weight, const Optional& weight_scale,
+                         const Optional& weight_zero, const Optional& up) {
+  if (x.device.type != DeviceType::cpu || x.ndim != 2 || weight.ndim != 2) return 0;
+  LinearCall c{.x = x, .weight = weight, .weight_scale = weight_scale, .weight_zero = weight_zero, .up = up};
+  c.m = x.shape[0];
+  c.n = weight.shape[0];
+  c.k = x.shape[1];
+  c.rank = up && up->ndim == 2 ? up->shape[1] : 0;
+  c.storage = storage_of(weight, c.k);
+  const bool grouped = weight_scale && weight_scale->ndim == 2 && c.storage == Storage::int4;
+  c.groups = grouped ? std::max<int64_t>(weight_scale->shape[1], 1) : 1;
+  return plan_linear(c).workspace();
+}
+
+}  // namespace rfk

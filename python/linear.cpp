@@ -1,0 +1,19 @@
+#include "linear/linear.h"
+
+#include "rooms.h"
+
+namespace rfk::python {
+
+void bind_linear(py::module_& m) {
+  def(m, "linear", &linear);
+  m.def("linear_workspace",
+        [](const TensorArg& x, const TensorArg& weight, const std::optional<TensorArg>& weight_scale,
+           const std::optional<TensorArg>& weight_zero, const std::optional<TensorArg>& up) {
+          using View = Passed<std::optional<TensorView>>;
+          return linear_workspace(x.view, weight.view, View::unwrap(weight_scale), View::unwrap(weight_zero),
+                                  View::unwrap(up));
+        });
+  m.def("limit_linear_instructions", &limit_linear_instructions);
+}
+
+}  // namespace rfk::python
