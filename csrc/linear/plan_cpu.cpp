@@ -47,11 +47,12 @@ LinearPlan plan_linear(const LinearCall& c) {
 
   constexpr int64_t kPanelBytes = 384 << 10;  // of the second cache, beside a tile of x
   const int64_t fit = std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(p.panel(), 1), 1, 8);
-  p.panels_per_task = std::min(fit, ceil_div(p.panels, p.threads));
+  p.panels_per_task = std::clamp<int64_t>(ceil_div(p.panels, p.threads), 1, fit);
   p.column_tasks = ceil_div(p.panels, p.panels_per_task);
   p.row_tasks = 1;
   if (p.column_tasks < 2 * p.threads && p.threads > 1)  // then some panels are made more than once
-    p.row_tasks = std::clamp<int64_t>(2 * p.threads / p.column_tasks, 1, ceil_div(p.row_tiles, 8));
+    p.row_tasks = std::clamp<int64_t>(2 * p.threads / std::max<int64_t>(p.column_tasks, 1), 1,
+                                      std::max<int64_t>(ceil_div(p.row_tiles, 8), 1));
   return p;
 }
 

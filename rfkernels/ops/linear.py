@@ -11,9 +11,9 @@ that an adapter may be merged into a weight, and a weight mapped from a file, at
     linear_w4a16 W = (codes - zero) * scale in groups along `in`, codes 0 .. 15, two a byte; x as it is
     linear_w4a8  the same W beside x quantised to int8
 
-Sums and the epilogue are float32 (float64 for float64 tokens), the result is rounded once. The hidden side of a
-low-rank branch is rounded to the dtype of `up` where x has 16 or 8 bits. On the CPU float16 tokens are widened,
-bfloat16 ones multiplied as they are where the CPU can.
+Sums and the epilogue are float32 (float64 for float64 tokens), the result is rounded once. The hidden side of
+a low-rank branch is rounded to the dtype of `up` where x has 16 or 8 bits. On the CPU float16 tokens are
+widened, bfloat16 ones multiplied as they are where the CPU can.
 """
 
 import torch
@@ -42,15 +42,26 @@ __all__ = [
 ]
 
 
-def _segments(name: str, table: Tensor, x: Tensor) -> Tensor:
-    """[*lead, n] with axes of x or ones, as [S, n] whose row m serves rows m rows/S .. of x."""
-    lead = (*[1] * (x.ndim - table.ndim), *table.shape[:-1])
-    if len(lead) > x.ndim - 1 or any(a not in (1, b) for a, b in zip(lead, x.shape[:-1], strict=True)):
+def _segments(table: Tensor, x: Tensor) -> Tensor:
+    """A gate [*lead, n] with axes of x or ones as [S, n], whose row m serves rows m rows/S .. of x."""
+    lead = [1] * (x.ndim - table.ndim) + list(table.shape[:-1])
+    if len(lead) != x.ndim - 1 or any(a not in (1, b) for a, b in zip(lead, x.shape[:-1], strict=True)):
         raise ValueError(
-            f"linear: {name} must be [*lead, n] for x {tuple(x.shape)}, got {tuple(table.shape)}"
+            f"linear: gate must be [*lead, out] with axes of x or ones for x {tuple(x.shape)}, got "
+            f"{tuple(table.shape)}"
         )
-    varies = max((i + 1 for i, a in enumerate(lead) if a != 1), default=0)
-    return table.expand(*x.shape[:varies], *lead[varies:], table.shape[-1]).reshape(-1, table.shape[-1])
+    varies = 0
+    for i, length in enumerate(lead):
+        if length != 1:
+            varies = i + 1
+    lead[:varies] = x.shape[:varies]
+    return _matrix(table.expand(*lead, table.shape[-1]))
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """[*lead, n] as [rows, n] with neighbours adjacent; a copy only where a view cannot be."""
+    rows = t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
 def _call(
@@ -84,16 +95,16 @@ def _call(
         raise ValueError("linear: rotation belongs to floating x that is quantised here")
     hidden, up = (None, None) if lora is None else lora
     out = run_linear(
-        x.reshape(-1, x.shape[-1]),
+        _matrix(x),
         None if x_scale is None else x_scale.reshape(-1),
         weight,
         weight_scale,
         weight_zero,
         bias,
-        None if hidden is None else hidden.reshape(-1, hidden.shape[-1]),
+        None if hidden is None else _matrix(hidden),
         up,
-        None if gate is None else _segments("gate", gate, x),
-        None if residual is None else residual.reshape(-1, residual.shape[-1]),
+        None if gate is None else _segments(gate, x),
+        None if residual is None else _matrix(residual),
         out_scale,
         "as they are" if codes else tokens,
         rotation,
