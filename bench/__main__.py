@@ -7,7 +7,18 @@ import sys
 import time
 from dataclasses import asdict, replace
 
-ROOMS = ("solver", "guidance", "noise", "norm", "rope", "activation", "embedding", "overhead", "emoji")
+ROOMS = (
+    "solver",
+    "guidance",
+    "noise",
+    "norm",
+    "rope",
+    "activation",
+    "embedding",
+    "linear",
+    "overhead",
+    "emoji",
+)
 QUICK_SECONDS = 45.0  # no new case after this; no more compiling after half of it
 
 HELP = """examples:

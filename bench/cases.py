@@ -1,7 +1,7 @@
 """What is timed: one `Case` per op, dtype and shape, with its peers and the bytes that it must move."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ class Case:
     value: Callable[..., Tensor] | None = (
         None  # value(*results) is compared; absent: the result, or the stack
     )
+    operations: int = 0  # multiplications and additions of a product; 0: the case is bound by memory
+    product: str = ""  # the arithmetic whose peak is its roof: int8, bf16 or f32
+    peers: dict[str, Callable[..., Tensor]] = field(
+        default_factory=dict
+    )  # others, peer(*inputs), not compared
     tolerance: float = 1e-5  # |ours - formula| <= tolerance * (1 + |formula|); 0: random, not compared
 
     @property

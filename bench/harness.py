@@ -145,6 +145,16 @@ def copy_calls(bytes_moved: int, slots: int, device: str) -> dict[str, Call]:
     return {"copy.torch": by_torch, "copy.other": by_kernel if device == "cuda" else by_threads}
 
 
+def roof_calls(case: Case, device: str) -> dict[str, Call]:
+    """The arithmetic of a product alone, from panels in the first cache, by all threads; not on CUDA."""
+    if device == "cuda":
+        return {}
+    from rfkernels import _C
+
+    repeats = max(case.operations // _C.linear_roof(case.product, 1), 1)
+    return {"roof.product": lambda turn: _C.linear_roof(case.product, repeats)}
+
+
 def _memmove(target: int, source: int, size: int) -> None:
     """memmove by all threads; ctypes gives the lock back while it copies."""
     threads = torch.get_num_threads()
@@ -224,6 +234,8 @@ def case_calls(case: Case, slots: list[Slot], plan: Plan) -> tuple[dict[str, Cal
     if not plan.compile:
         skipped |= {"compile.*": "left out by the plan"}
     _check(case, forms, slots[0])
+    for name, peer in case.peers.items():
+        forms[f"peer.{name}"] = lambda s, peer=peer: peer(*s.inputs)
     return {name: partial(_call_slot, form, slots, len(slots)) for name, form in forms.items()}, skipped
 
 
@@ -291,7 +303,7 @@ def measure(case: Case, device: str, plan: Plan) -> list[CaseResult]:
     with torch.no_grad():
         slots = make_slots(case, count, device)
         calls, skipped = case_calls(case, slots, plan)
-        calls |= copy_calls(moved, count, device)
+        calls |= roof_calls(case, device) if case.operations else copy_calls(moved, count, device)
         results = [_result(case, "cold", interleave(calls, timer_for(device), plan), skipped)]
         if moved <= plan.warm_bytes:
             timer = timer_for(device, warm=True)
@@ -308,6 +320,7 @@ def _result(case: Case, cache: str, seconds: dict[str, list[float]], skipped: di
         dtypes=case.dtypes,
         cache=cache,
         bytes_moved=case.bytes_moved,
+        operations=case.operations,
         sides={name: summarise(s) for name, s in seconds.items()},
         skipped=skipped,
     )

@@ -23,6 +23,7 @@ class CaseResult:
     bytes_moved: int
     sides: dict[str, Stats]  # ours|eager|compile . out|new, copy.torch, copy.other
     skipped: dict[str, str]  # side -> why it was not timed; "*" for the whole case
+    operations: int = 0  # of a product; then its roof is arithmetic
 
     @property
     def name(self) -> str:
@@ -46,13 +47,16 @@ class CaseResult:
         return max(filter(None, (self.rate("copy.torch"), self.rate("copy.other"))), default=None)
 
     def roof(self, side: str) -> float | None:
-        """The side's fraction of the roof."""
+        """The side's fraction of the roof: a copy, or of a product the arithmetic alone."""
+        if self.operations:
+            peak = self.sides.get("roof.product")
+            return peak.median / self.sides[side].median if peak and side in self.sides else None
         rate, copy = self.rate(side), self.copy_rate
         return rate / copy if rate and copy else None
 
     def speedup(self, peer: str) -> float | None:
         """How many times faster ours is than the peer ("eager.out" ...), allocating as the peer does."""
-        ours = f"ours.{peer.split('.')[1]}"
+        ours = "ours.new" if peer.startswith("peer.") else f"ours.{peer.split('.')[1]}"
         if peer not in self.sides or ours not in self.sides:
             return None
         return self.sides[peer].median / self.sides[ours].median
@@ -145,7 +149,8 @@ def from_json(data: dict[str, Any]) -> Run:
 
 
 def _case(data: dict[str, Any]) -> CaseResult:
-    fields = {name: data[name] for name in CaseResult.__dataclass_fields__}
+    fields = {name: data[name] for name in CaseResult.__dataclass_fields__ if name != "operations"}
+    fields["operations"] = data.get("operations", 0)  # files from before there were products
     return CaseResult(**fields | {"shape": tuple(data["shape"]), "sides": _stats(data["sides"])})
 
 

@@ -13,6 +13,12 @@ LEGEND = (
     "eager, compile: how many times faster ours is, all writing to a given tensor; *: all allocating it"
 )
 
+PRODUCT_LEGEND = (
+    "Two operations a multiplication; roof: the same arithmetic from panels in the first cache, timed in "
+    "the same rounds; beside it: how many times faster ours is than each peer (below 1: slower), all "
+    "allocating the result."
+)
+
 
 def head(run: Run) -> str:
     """What is measured on what."""
@@ -54,7 +60,23 @@ def case_line(result: CaseResult) -> str:
     """One case as a line of the table."""
     if "*" in result.skipped:
         return _line((title(result), result.cache, f"left out: {result.skipped['*']}"))
+    if result.operations:
+        return "\n    ".join(product_cells(result))
     return _line(cells(result))
+
+
+PRODUCT_COLUMNS = ("case", "ours", "beside it")
+
+
+def product_cells(result: CaseResult) -> tuple[str, str, str]:
+    """A product: time, rate and fraction of the arithmetic roof; how many times faster than each peer."""
+    side = main_side(result)
+    seconds = result.sides[side].median
+    speed = f"{result.operations / seconds / 1e9:.0f} GOP/s, {percent(result.roof(side))} of the roof"
+    rate = f"{seconds * 1e6:.0f} us, {speed}"
+    peers = [name for name in result.sides if name.startswith(("peer.", "eager.new", "compile.new"))]
+    beside = ", ".join(f"{name.removeprefix('peer.')} {times(result.speedup(name))}" for name in peers)
+    return f"{title(result)} {result.cache}", rate, beside
 
 
 def title(result: CaseResult) -> str:
@@ -132,9 +154,11 @@ def markdown(run: Run) -> str:
         f"{copy_line(run, 'start')}. {copy_line(run, 'end')}. Noise floor {percent(run.drift)}.",
         LEGEND.replace("\n", " "),
     ]
-    rows = [cells(c) for c in run.cases if "*" not in c.skipped]
-    if rows:
+    timed = [c for c in run.cases if "*" not in c.skipped]
+    if rows := [cells(c) for c in timed if not c.operations]:
         parts.append(_markdown_table(COLUMNS, rows))
+    if rows := [product_cells(c) for c in timed if c.operations]:
+        parts += ["## Products", PRODUCT_LEGEND, _markdown_table(PRODUCT_COLUMNS, rows)]
     if run.overhead:
         rows = [
             (name, f"{s.median * 1e6:.2f}", f"{s.p20 * 1e6:.2f}", f"{s.p80 * 1e6:.2f}")

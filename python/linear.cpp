@@ -13,6 +13,7 @@ void bind_linear(py::module_& m) {
           return linear_workspace(x.view, weight.view, View::unwrap(weight_scale), View::unwrap(weight_zero),
                                   View::unwrap(up));
         });
+  m.def("linear_roof", &linear_roof, py::call_guard<py::gil_scoped_release>());
   m.def("limit_linear_instructions", &limit_linear_instructions);
 }
 

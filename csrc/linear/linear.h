@@ -29,6 +29,10 @@ void linear(Stream stream, const TensorView& out, const TensorView& x, const Opt
 int64_t linear_workspace(const TensorView& x, const TensorView& weight, const Optional& weight_scale,
                          const Optional& weight_zero, const Optional& up);
 
+// Multiplies panels in the first cache, `repeats` times by every thread: the arithmetic of a product and
+// nothing else ("int8", "bf16", "f32"). Returns the operations done, two a multiplication. For benchmarks.
+int64_t linear_roof(const std::string& product, int64_t repeats);
+
 // Confines `linear` on the CPU to an instruction set: generic, avx2, avx_vnni, avx512, avx512_vnni or
 // avx512_bf16. Returns whether this CPU has it. For tests.
 bool limit_linear_instructions(const std::string& name);

@@ -25,8 +25,7 @@ LinearPlan plan_linear(const LinearCall& c) {
   p.product = product_of(x, c.weight.dtype);
   const DType hidden = x == DType::f32 || x == DType::f16 ? DType::f32 : DType::bf16;  // rounded to
   p.branch = p.product == Product::f64 ? Product::f64 : product_of(hidden, c.up ? c.up->dtype : DType::f32);
-  const bool blocks =
-      c.group() >= 8 && k % 128 == 0 && (128 % c.group() == 0 || c.group() % 128 == 0);
+  const bool blocks = c.group() >= 8 && k % 128 == 0 && (128 % c.group() == 0 || c.group() % 128 == 0);
   p.four = m <= 8 && c.storage == Storage::int4 && x == DType::bf16 && p.product == Product::bf16 && blocks &&
            tiles().int4;
   p.shape = m <= kTileRows[kTile4x32] || p.four ? kTile4x32

@@ -3,13 +3,27 @@
 import pytest
 import torch
 
-from bench import activation, cases, embedding, guidance, harness, noise, norm, overhead, rope, smoke, solver
+from bench import (
+    activation,
+    cases,
+    embedding,
+    guidance,
+    harness,
+    linear,
+    noise,
+    norm,
+    overhead,
+    rope,
+    smoke,
+    solver,
+)
 from rfkernels.ops._register import Op
 
 ROOMS = {
     "activation": activation,
     "embedding": embedding,
     "guidance": guidance,
+    "linear": linear,
     "noise": noise,
     "norm": norm,
     "rope": rope,
@@ -38,10 +52,16 @@ def test_bytes_are_those_of_the_tensors_and_sides_agree(case: cases.Case) -> Non
     results = case.ours(None, *slot.inputs)
     tensors = [*slot.inputs, *([results] if isinstance(results, torch.Tensor) else results)]
     assert case.bytes_moved == sum(t.nbytes for t in tensors)
-    assert slot.out.shape == case.shape and all(t.count_nonzero() == t.numel() for t in slot.inputs)
+    assert slot.out.shape == case.shape and all(_without_zeros(t) for t in slot.inputs)
     with torch.no_grad():
         calls, _ = harness.case_calls(case, slots, plan)  # raises if a side computes something else
     assert {"ours.new", "eager.new"} <= set(calls)
+
+
+def _without_zeros(t: torch.Tensor) -> bool:
+    """Codes of eight bits that random numbers were quantised to hold some."""
+    share = t.float().count_nonzero() / t.numel()
+    return share == 1 if t.dtype.itemsize > 1 else share > 0.97
 
 
 def test_the_named_sizes_are_covered() -> None:
