@@ -1,7 +1,7 @@
 r"""Unbiased rounding to a coarser grid.
 
-Rounding to nearest drops every change of a weight below half a step; stochastic rounding keeps it on average, so that
-a small :math:`\Delta W` merged into 16- or 8-bit weights is not lost (Gupta et al., 2015).
+Rounding to nearest drops every change of a weight below half a step; stochastic rounding keeps it on average,
+so that a small :math:`\Delta W` merged into 16- or 8-bit weights is not lost (Gupta et al., 2015).
 """
 
 import torch
@@ -24,14 +24,14 @@ _GRIDS = {  # digits after the leading one, least exponent, range where it is no
 def stochastic_round(x: Tensor, dtype: torch.dtype, *, seed: int, scale: Tensor | None = None) -> Tensor:
     r"""Returns :math:`s \lfloor x / (s c) + u \rfloor` over the grid of `dtype` with step s, as `dtype`.
 
-    :math:`u` is uniform in [0, 1) per element, so that the mean of the result is `x / scale`; numbers that `dtype`
-    has stay what they are. u is a function of (seed, position) alone, the distribution function of `philox_normal`.
-    8-bit results saturate; beyond the range of a 16-bit type the result is that of a cast.
+    :math:`u` is uniform in [0, 1) per element, so that the mean of the result is `x / scale`; numbers that
+    `dtype` has stay what they are. u is a function of (seed, position) alone: the distribution function of
+    `philox_normal`. 8-bit results saturate; beyond the range of a 16-bit type the result is that of a cast.
 
     Args:
         x: floating, any shape.
-        dtype: bfloat16, float16, float8_e4m3fn, float8_e5m2, int8 (-127 .. 127) or uint8. float32 and float64:
-            a cast.
+        dtype: bfloat16, float16, float8_e4m3fn, float8_e5m2, int8 (-127 .. 127) or uint8. float32 and
+            float64: a cast.
         seed: 0 .. 2**63 - 1.
         scale: c, broadcasts against x: codes of `x / scale`.
     """
@@ -43,9 +43,8 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, *, seed: int, scale: Tensor 
     if dtype in (torch.float32, torch.float64):
         return y.to(dtype)
     if dtype not in _GRIDS:
-        raise ValueError(
-            f"stochastic_round: dtype must be one of {', '.join(map(str, _GRIDS))}, float32 or float64, got {dtype}"
-        )
+        known = ", ".join(map(str, _GRIDS))
+        raise ValueError(f"stochastic_round: dtype must be one of {known}, float32 or float64, got {dtype}")
     digits, least, limits = _GRIDS[dtype]
     noise = philox_normal((1, max(y.numel(), 1)), noise_keys(seed, 1, device=y.device))
     uniform = torch.special.ndtr(noise)[0, : y.numel()].view(y.shape)

@@ -1,0 +1,377 @@
+"""Loading, switching and removing adapters of a model, reversible to the bit.
+
+    report = load_lora(model, "style.safetensors", scale=0.8, name="style")
+    load_lora(model, "detail.safetensors", name="detail")          # into the next slot of every layer
+    set_adapters(model, ["style", "detail"], [0.6, 1.0])           # numbers on the device: no recompilation
+    set_adapters(model, ["style", "detail"], torch.eye(2))         # sample 0 has one, sample 1 the other
+    unload_lora(model)                                             # the very modules and bits of before
+
+A strength w of an adapter that maps W to W' means W + w (W' - W), for every family. (For DoRA trainers
+disagree at w != 1: PEFT scales s before the norm, LyCORIS scales k alone.)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rfkernels.adapters.base import Adapter, Factors, weight_of
+from rfkernels.adapters.files import read_lora
+from rfkernels.adapters.names import modules
+from rfkernels.adapters.records import Dense, Patch, Record
+from rfkernels.adapters.state import Layer, Patched, State, forget, state_of
+from rfkernels.nn.lora import LoRALinear
+
+__all__ = ["LoadReport", "load_lora", "loaded", "set_adapters", "set_time", "unload_lora"]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a file did to a model.
+
+    Args:
+        name: of the adapter.
+        layers: what each layer got: "rank 16", "DoRA", "LoKr", ..
+        parameters: those that were changed or replaced.
+        unknown: keys that mean nothing for this model (strict=False).
+        text_encoder: keys of text encoders, which are not part of the model.
+    """
+
+    name: str
+    layers: dict[str, str]
+    parameters: tuple[str, ...]
+    unknown: tuple[str, ...]
+    text_encoder: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one layer is to get."""
+
+    factors: Factors | None
+    extra: Adapter | None
+    record: Record
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.factors is None else len(self.factors.down)
+
+
+@torch.no_grad()
+def load_lora(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    scale: float = 1.0,
+    name: str | None = None,
+    strict: bool = True,
+    *,
+    slots: int | None = None,
+    max_rank: int | None = None,
+    config: Mapping[str, object] | None = None,
+) -> LoadReport:
+    """Loads adapters of any dialect (adapters/files.py) into a model's linear layers, beside what is loaded.
+
+    Args:
+        model: any module whose layers are named as in the file; of diffusers also by the original names.
+        source: a safetensors file, a folder of peft, or tensors by key.
+        scale: the strength.
+        name: of the adapter, by default `adapter_0`, `adapter_1`, ..
+        strict: refuse a file with keys that mean nothing here; else they are listed in the report.
+        slots, max_rank: reserve that many slots of that rank in every layer, so that later loads change no
+            shape and recompile nothing. Without them a layer grows as adapters come.
+        config: peft's hyperparameters (`r`, `lora_alpha`, ..) of tensors that come without.
+
+    Raises:
+        ValueError: unknown keys, all of them listed; factors that do not fit their layer, whose ranks differ
+            or that are not finite; a rank above the slot's; a name that is taken. The model stays as it was.
+    """
+    state = state_of(model) or State(model)
+    _refuse_merged(state, "load_lora")
+    name = name or next(n for i in range(10**6) if (n := f"adapter_{i}") not in state.strengths)
+    if name in state.strengths:
+        raise ValueError(f"load_lora: name must be new, got {name}: unload_lora(model, {name!r}) first")
+    contents = read_lora(source, model, config=config)
+    if contents.unknown and strict:
+        listed = "\n  ".join(contents.unknown)
+        raise ValueError(f"load_lora: {len(contents.unknown)} keys mean nothing for this model:\n  {listed}")
+    if not contents.records and not contents.patches:
+        raise ValueError(f"load_lora: a file with adapters for this model required, got {source!s:.200}")
+    if slots or max_rank:
+        state.reserve = (slots or 1, max_rank)
+    parts, patches = _parts(model, contents.records, contents.patches)
+    for path, part in parts.items():
+        _check_room(state, path, part)
+    state.install(model)
+    for path, part in parts.items():
+        _place(state, path, part, name)
+    for patch in patches:
+        _patch(state, patch, name)
+    state.strengths[name] = scale
+    state.write()
+    layers = {path: _described(part) for path, part in parts.items()}
+    return LoadReport(name, layers, tuple(p.path for p in patches), contents.unknown, contents.text_encoder)
+
+
+@torch.no_grad()
+def set_adapters(
+    model: nn.Module,
+    names: str | Sequence[str],
+    strengths: float | Tensor | Sequence[float | Tensor] = 1.0,
+) -> None:
+    """Writes the strengths of adapters; all that are not named are off.
+
+    Args:
+        names: one or more.
+        strengths: one number for all; one per name, each a number or a tensor `[batch]`; or a tensor
+            `[batch, names]`. Per sample: the first axis of a layer's tokens is the batch.
+    """
+    state = _state(model, "set_adapters")
+    _refuse_merged(state, "set_adapters")
+    names = [names] if isinstance(names, str) else list(names)
+    missing = [n for n in names if n not in state.strengths]
+    if missing:
+        raise ValueError(f"set_adapters: names must be of {loaded(model)}, got {missing}")
+    if isinstance(strengths, (int, float)):
+        strengths = [strengths] * len(names)
+    elif isinstance(strengths, Tensor):
+        strengths = list(strengths.expand(len(names)) if strengths.ndim == 0 else strengths.unbind(-1))
+    if len(strengths) != len(names):
+        raise ValueError(
+            f"set_adapters: one strength per name, got {len(names)} names, {len(strengths)} strengths"
+        )
+    given = dict(zip(names, strengths, strict=True))
+    new = {n: given.get(n, 0.0) for n in state.strengths}
+    state.check_strengths(new)
+    state.strengths = new
+    state.write()
+
+
+@torch.no_grad()
+def set_time(model: nn.Module, t: float | Tensor) -> None:
+    """Writes the coefficients of adapters with an expert per interval of time, before a step at t in 0 .. 1.
+
+    `t`: a number, or a tensor `[]` or `[batch]` on the device.
+    """
+    state = _state(model, "set_time")
+    _refuse_merged(state, "set_time")
+    state.set_time(torch.as_tensor(t, dtype=torch.float32))
+
+
+@torch.no_grad()
+def unload_lora(model: nn.Module, name: str | None = None) -> None:
+    """Removes one adapter, or all of them: then every module and parameter is the one of before, bit for bit.
+
+    With reserved slots a single adapter leaves its slot empty; else a layer without adapters is the
+    original module again.
+    """
+    state = _state(model, "unload_lora")
+    if name is None:
+        from rfkernels.adapters.merge import unmerge_lora
+
+        if state.merged:
+            unmerge_lora(model)
+    elif name not in state.strengths:
+        raise ValueError(f"unload_lora: name must be one of {loaded(model)}, got {name}")
+    _refuse_merged(state, "unload_lora")
+    if name is None:
+        state.reserve = None
+    for one in [name] if name else list(state.strengths):
+        _remove(state, one)
+    if name is None or not (state.strengths or state.reserve):
+        for path in list(state.layers):
+            state.restore(path)
+        if state.config:
+            model.register_to_config(**state.config)
+        forget(model)
+    else:
+        state.write()
+
+
+def loaded(model: nn.Module) -> list[str]:
+    """Names of the adapters of a model."""
+    state = state_of(model)
+    return [] if state is None else list(state.strengths)
+
+
+# --- parts ---
+
+
+def _state(model: nn.Module, call: str) -> State:
+    state = state_of(model)
+    if state is None:
+        raise ValueError(f"{call}: a model with adapters required, none are loaded")
+    return state
+
+
+def _refuse_merged(state: State, call: str) -> None:
+    if state.merged:
+        raise ValueError(f"{call}: adapters are merged into the weights, unmerge_lora(model) first")
+
+
+def _parts(model: nn.Module, records, patches) -> tuple[dict[str, _Part], list[Patch]]:
+    """Adapters by layer, and changes of parameters; so are those of convolutions and the like."""
+    layers, found, changes = modules(model), {}, list(patches)
+    for record in _joined(records):
+        layer = layers[record.path]
+        if not hasattr(layer, "in_features"):
+            merged, _ = record.item.merged(layer.weight)
+            changes.append(Patch(f"{record.path}.weight", merged, True))
+            continue
+        found[record.path] = _part(record, layer)
+    for patch in list(changes):
+        path, _, name = patch.path.rpartition(".")
+        if name in layers[path]._parameters:
+            continue
+        if patch.replaces:
+            raise ValueError(
+                f"load_lora: {patch.path} must be a parameter to be replaced, got {layers[path]}"
+            )
+        changes.remove(patch)
+        record = Record(path, Dense({"diff": patch.value}))
+        if path in found:
+            raise ValueError(f"load_lora: {path} must have one adapter, got two")
+        found[path] = _part(record, layers[path])
+    for patch in changes:
+        path = patch.path.removesuffix(".weight")
+        if path in found and found[path].record.inputs:
+            raise ValueError(f"load_lora: {path} is widened, its weight cannot be changed beside that")
+    return found, changes
+
+
+def _joined(records: Sequence[Record]) -> list[Record]:
+    """One record per layer: a bias may come apart."""
+    found: dict[str, Record] = {}
+    for record in records:
+        if record.path not in found:
+            found[record.path] = record
+            continue
+        first, second = found[record.path], record
+        if first.item is not None and second.item is not None:
+            raise ValueError(f"load_lora: {record.path} must have one adapter, got two")
+        keeper, other = (first, second) if first.item is not None else (second, first)
+        biases = [b for b in (keeper.bias, other.bias) if b is not None]
+        found[record.path] = replace(keeper, bias=sum(biases) if biases else None)
+    return list(found.values())
+
+
+def _part(record: Record, layer: nn.Module) -> _Part:
+    item, extra = record.item, None
+    if isinstance(item, Adapter):
+        weight, bias = weight_of(layer)
+        extra, item = item, item.factors(weight, bias)
+    if item is not None:
+        extra = None
+        if record.bias is not None:
+            item = replace(item, bias=record.bias if item.bias is None else item.bias + record.bias)
+    elif record.bias is not None or extra is None:
+        none = record.bias.new_zeros(0, layer.in_features), record.bias.new_zeros(layer.out_features, 0)
+        item = Factors(*none, bias=record.bias)
+    if record.bounds is not None and (item is None or len(item.down) % (len(record.bounds) - 1)):
+        raise ValueError(
+            f"load_lora: rank of {record.path} must be a multiple of {len(record.bounds) - 1} intervals, "
+            f"got {0 if item is None else len(item.down)}"
+        )
+    return _Part(item, extra, record)
+
+
+def _described(part: _Part) -> str:
+    item = part.record.item
+    if isinstance(item, Factors):
+        return f"rank {part.rank}"
+    return "bias" if item is None else type(item).__name__
+
+
+def _free(layer: Layer, rank: int) -> int | None:
+    ranks = layer.layer.ranks
+    return next((i for i, n in enumerate(layer.slots) if n is None and ranks[i] >= rank), None)
+
+
+def _check_room(state: State, path: str, part: _Part) -> None:
+    layer, reserve = state.layers.get(path), state.reserve
+    if reserve is None:
+        return
+    if layer is None:
+        if reserve[1] is not None and part.rank > reserve[1]:
+            raise ValueError(
+                f"load_lora: rank of {path} must be at most max_rank {reserve[1]}, got {part.rank}"
+            )
+    elif None not in layer.slots:
+        raise ValueError(
+            f"load_lora: a free slot of {path} required, all {len(layer.slots)} are taken by "
+            f"{', '.join(map(str, layer.slots))}"
+        )
+    elif _free(layer, part.rank) is None:
+        ranks = [r for n, r in zip(layer.slots, layer.layer.ranks, strict=True) if n is None]
+        raise ValueError(
+            f"load_lora: rank of {path} must be at most {max(ranks)}, its slot's, got {part.rank}"
+        )
+
+
+def _place(state: State, path: str, part: _Part, name: str) -> None:
+    layer = state.layers.get(path)
+    if layer is None:
+        original = modules(state.model)[path]
+        count, rank = state.reserve or (1, None)
+        wrapped = LoRALinear(original, [part.rank if rank is None else rank] * count)
+        layer = state.layers[path] = Layer(wrapped, original, [None] * count)
+        state.put(path, wrapped)
+    if part.record.inputs is not None and part.record.inputs > layer.layer.in_features:
+        _widen(state, path, layer, part.record.inputs)
+    slot = _free(layer, part.rank)
+    if slot is None:
+        slot = layer.layer.add_slot(part.rank)
+        layer.slots.append(None)
+    layer.slots[slot] = name
+    if part.factors is not None:
+        missing = layer.layer.in_features - part.factors.down.shape[1]
+        down = nn.functional.pad(part.factors.down, (0, missing))
+        layer.layer.load(slot, replace(part.factors, down=down))
+    if part.extra is not None:
+        layer.layer.load_extra(slot, part.extra)
+    if part.record.bounds is not None:
+        bounds = part.record.bounds
+        layer.bounds[name] = (bounds.to(layer.layer.unit), part.rank // (len(bounds) - 1))
+
+
+def _widen(state: State, path: str, layer: Layer, inputs: int) -> None:
+    """The layer with more inputs, whose weights are zero (control LoRAs read more channels)."""
+    base = layer.layer.base
+    wide = nn.Linear(
+        inputs, base.out_features, bias=False, device=base.weight.device, dtype=base.weight.dtype
+    )
+    wide.weight.zero_()
+    wide.weight[:, : base.in_features] = base.weight
+    wide.weight.requires_grad_(base.weight.requires_grad)
+    wide.bias = base.bias
+    layer.layer.widen(wide)
+    config = getattr(state.model, "config", {})
+    if hasattr(state.model, "register_to_config") and config.get("in_channels") == base.in_features:
+        state.config.setdefault("in_channels", base.in_features)
+        state.model.register_to_config(in_channels=inputs)
+
+
+def _patch(state: State, patch: Patch, name: str) -> None:
+    path, _, parameter = patch.path.rpartition(".")
+    if patch.path not in state.patched:
+        module = modules(state.model)[path]
+        original = module._parameters[parameter].detach().clone()
+        state.patched[patch.path] = Patched(module, parameter, original)
+    state.patched[patch.path].patches[name] = patch
+
+
+def _remove(state: State, name: str) -> None:
+    for path, layer in list(state.layers.items()):
+        slot = layer.slot_of(name)
+        if slot is not None:
+            layer.layer.clear(slot)
+            layer.slots[slot] = None
+            layer.bounds.pop(name, None)
+        if not any(layer.slots) and not state.reserve:
+            state.restore(path)
+    for path, patched in list(state.patched.items()):
+        if patched.patches.pop(name, None) is not None and not patched.patches:
+            patched.write({})
+            del state.patched[path]
+    del state.strengths[name]
