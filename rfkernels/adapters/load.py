@@ -170,7 +170,7 @@ def unload_lora(model: nn.Module, name: str | None = None) -> None:
     if name is None:
         from rfkernels.adapters.merge import unmerge_lora
 
-        if state.merged:
+        if state.merged is not None:
             unmerge_lora(model)
     elif name not in state.strengths:
         raise ValueError(f"unload_lora: name must be one of {loaded(model)}, got {name}")
@@ -206,7 +206,7 @@ def _state(model: nn.Module, call: str) -> State:
 
 
 def _refuse_merged(state: State, call: str) -> None:
-    if state.merged:
+    if state.merged is not None:
         raise ValueError(f"{call}: adapters are merged into the weights, unmerge_lora(model) first")
 
 

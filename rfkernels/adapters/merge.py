@@ -48,12 +48,13 @@ def merge_lora(
     state = state_of(model)
     if state is None:
         raise ValueError("merge_lora: a model with adapters required, none are loaded")
-    if state.merged:
+    if state.merged is not None:
         raise ValueError("merge_lora: adapters are merged already, unmerge_lora(model) first")
     names = list(state.strengths) if names is None else [names] if isinstance(names, str) else list(names)
     missing = [n for n in names if n not in state.strengths]
     if missing:
         raise ValueError(f"merge_lora: names must be of {list(state.strengths)}, got {missing}")
+    state.merged = {}
     try:
         for path, layer in state.layers.items():
             chosen = torch.tensor([n in names for n in layer.slots], device=layer.layer.unit.device)
@@ -75,7 +76,7 @@ def merge_lora(
 def unmerge_lora(model: nn.Module) -> None:
     """The weights of before the merge, bit for bit, and the adapters beside them."""
     state = state_of(model)
-    if state is None or not state.merged:
+    if state is None or state.merged is None:
         raise ValueError("unmerge_lora: merged adapters required, none are")
     _restore(state)
 
@@ -89,7 +90,7 @@ def _restore(state: State) -> None:
             else:
                 getattr(base, name).copy_(tensor)
         state.put(path, state.layers[path].layer)
-    state.merged = {}
+    state.merged = None
     state.write()
 
 

@@ -1,12 +1,11 @@
 """Module names of files and of models: which modules of a model one name of a file means, and which rows.
 
-The tables name original modules on the left, those of diffusers on the right; `#` is a number, `[a b]` means
-that the rows of the original lie in a and b, one after the other. Names of the model itself need no table.
-Only lines whose modules the model has are used, so that all families share one table.
+The tables name original modules on the left, those of diffusers on the right. `#` is a number, `*` a word;
+`[a b]` means that the rows of the original lie in a and b, one after the other; `~` that its halves are exchanged,
+(shift, scale) of the original for (scale, shift) of diffusers. Names of the model itself need no table.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,8 +14,10 @@ from rfkernels.nn.lora import LoRALinear
 
 __all__ = ["Names", "Target", "bare", "modules"]
 
-_TABLE = """
-# FLUX.1, FLUX.2
+# A family of models by modules that it alone has, and its table
+_FAMILIES = {
+    # FLUX.1, FLUX.2; names with lora or without attn are those of XLabs, 1 the image, 2 the text
+    "x_embedder context_embedder": """
 img_in                                    x_embedder
 txt_in                                    context_embedder
 time_in.in_layer                          time_text_embed.timestep_embedder.linear_1
@@ -58,14 +59,16 @@ single_blocks.#.linear2                   single_transformer_blocks.#.attn.to_ou
 single_blocks.#.norm.query_norm           single_transformer_blocks.#.attn.norm_q
 single_blocks.#.norm.key_norm             single_transformer_blocks.#.attn.norm_k
 final_layer.linear                        proj_out
-# FLUX.1 as XLabs names it: 1 is the image, 2 the text
+final_layer.adaLN_modulation.1            norm_out.linear~
 double_blocks.#.qkv_lora1                 transformer_blocks.#.attn.[to_q to_k to_v]
 double_blocks.#.qkv_lora2                 transformer_blocks.#.attn.[add_q_proj add_k_proj add_v_proj]
 double_blocks.#.proj_lora1                transformer_blocks.#.attn.to_out.0
 double_blocks.#.proj_lora2                transformer_blocks.#.attn.to_add_out
 single_blocks.#.qkv                       single_transformer_blocks.#.attn.[to_q to_k to_v]
 single_blocks.#.proj                      single_transformer_blocks.#.proj_out
-# SD3, SD3.5
+""",
+    # SD3, SD3.5
+    "pos_embed.proj time_text_embed.text_embedder.linear_1": """
 x_embedder.proj                           pos_embed.proj
 t_embedder.mlp.0                          time_text_embed.timestep_embedder.linear_1
 t_embedder.mlp.2                          time_text_embed.timestep_embedder.linear_2
@@ -88,7 +91,12 @@ joint_blocks.#.x_block.mlp.fc1            transformer_blocks.#.ff.net.0.proj
 joint_blocks.#.x_block.mlp.fc2            transformer_blocks.#.ff.net.2
 joint_blocks.#.context_block.mlp.fc1      transformer_blocks.#.ff_context.net.0.proj
 joint_blocks.#.context_block.mlp.fc2      transformer_blocks.#.ff_context.net.2
-# Wan
+joint_blocks.#.context_block.adaLN_modulation.1 transformer_blocks.#.norm1_context.linear
+final_layer.linear                        proj_out
+final_layer.adaLN_modulation.1            norm_out.linear~
+""",
+    # Wan
+    "condition_embedder.time_proj": """
 time_embedding.0                          condition_embedder.time_embedder.linear_1
 time_embedding.2                          condition_embedder.time_embedder.linear_2
 time_projection.1                         condition_embedder.time_proj
@@ -100,18 +108,60 @@ img_emb.proj.3                            condition_embedder.image_embedder.ff.n
 img_emb.proj.4                            condition_embedder.image_embedder.norm2
 head.modulation                           scale_shift_table
 head.head                                 proj_out
-# Z-Image
+*.#.self_attn.q                           *.#.attn1.to_q
+*.#.self_attn.k                           *.#.attn1.to_k
+*.#.self_attn.v                           *.#.attn1.to_v
+*.#.self_attn.o                           *.#.attn1.to_out.0
+*.#.self_attn.norm_q                      *.#.attn1.norm_q
+*.#.self_attn.norm_k                      *.#.attn1.norm_k
+*.#.cross_attn.q                          *.#.attn2.to_q
+*.#.cross_attn.k                          *.#.attn2.to_k
+*.#.cross_attn.v                          *.#.attn2.to_v
+*.#.cross_attn.o                          *.#.attn2.to_out.0
+*.#.cross_attn.norm_q                     *.#.attn2.norm_q
+*.#.cross_attn.norm_k                     *.#.attn2.norm_k
+*.#.cross_attn.k_img                      *.#.attn2.add_k_proj
+*.#.cross_attn.v_img                      *.#.attn2.add_v_proj
+*.#.cross_attn.norm_k_img                 *.#.attn2.norm_added_k
+*.#.ffn.0                                 *.#.ffn.net.0.proj
+*.#.ffn.2                                 *.#.ffn.net.2
+*.#.norm3                                 *.#.norm2
+*.#.modulation                            *.#.scale_shift_table
+*.#.before_proj                           *.#.proj_in
+*.#.after_proj                            *.#.proj_out
+""",
+    # Z-Image
+    "all_x_embedder.2-1": """
 x_embedder                                all_x_embedder.2-1
 final_layer.linear                        all_final_layer.2-1.linear
 final_layer.adaLN_modulation.1            all_final_layer.2-1.adaLN_modulation.1
-# Lumina-Image 2
+*.#.attention.qkv                         *.#.attention.[to_q to_k to_v]
+*.#.attention.out                         *.#.attention.to_out.0
+*.#.attention.q_norm                      *.#.attention.norm_q
+*.#.attention.k_norm                      *.#.attention.norm_k
+""",
+    # Lumina-Image 2
+    "time_caption_embed.timestep_embedder.linear_1": """
 t_embedder.mlp.0                          time_caption_embed.timestep_embedder.linear_1
 t_embedder.mlp.2                          time_caption_embed.timestep_embedder.linear_2
 cap_embedder.0                            time_caption_embed.caption_embedder.0
 cap_embedder.1                            time_caption_embed.caption_embedder.1
 final_layer.linear                        norm_out.linear_2
 final_layer.adaLN_modulation.1            norm_out.linear_1
-# AuraFlow
+*.#.attention.qkv                         *.#.attn.[to_q to_k to_v]
+*.#.attention.out                         *.#.attn.to_out.0
+*.#.attention.q_norm                      *.#.attn.norm_q
+*.#.attention.k_norm                      *.#.attn.norm_k
+*.#.feed_forward.w1                       *.#.feed_forward.linear_1
+*.#.feed_forward.w2                       *.#.feed_forward.linear_2
+*.#.feed_forward.w3                       *.#.feed_forward.linear_3
+*.#.adaLN_modulation.1                    *.#.norm1.linear
+*.#.attention_norm1                       *.#.norm1.norm
+*.#.attention_norm1                       *.#.norm1
+*.#.attention_norm2                       *.#.norm2
+""",
+    # AuraFlow
+    "time_step_proj.linear_1": """
 t_embedder.mlp.0                          time_step_proj.linear_1
 t_embedder.mlp.2                          time_step_proj.linear_2
 cond_seq_linear                           context_embedder
@@ -120,66 +170,31 @@ final_linear                              proj_out
 double_layers.#.modX.1                    joint_transformer_blocks.#.norm1.linear
 double_layers.#.modC.1                    joint_transformer_blocks.#.norm1_context.linear
 single_layers.#.modCX.1                   single_transformer_blocks.#.norm1.linear
-"""
-
-
-def _blocks() -> Iterator[str]:
-    """The lines that differ in one word."""
-    for stack in ("blocks", "vace_blocks"):  # Wan
-        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
-            for a, b in (
-                ("q", "to_q"),
-                ("k", "to_k"),
-                ("v", "to_v"),
-                ("o", "to_out.0"),
-                ("k_img", "add_k_proj"),
-            ):
-                yield f"{stack}.#.{theirs}.{a} {stack}.#.{ours}.{b}"
-            for a, b in (
-                ("v_img", "add_v_proj"),
-                ("norm_k_img", "norm_added_k"),
-                ("norm_q",) * 2,
-                ("norm_k",) * 2,
-            ):
-                yield f"{stack}.#.{theirs}.{a} {stack}.#.{ours}.{b}"
-        for a, b in (("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"), ("norm3", "norm2")):
-            yield f"{stack}.#.{a} {stack}.#.{b}"
-        for a, b in (
-            ("modulation", "scale_shift_table"),
-            ("before_proj", "proj_in"),
-            ("after_proj", "proj_out"),
-        ):
-            yield f"{stack}.#.{a} {stack}.#.{b}"
-    for stack in ("layers", "noise_refiner", "context_refiner"):  # Z-Image, Lumina-Image 2
-        for ours in ("attention", "attn"):
-            yield f"{stack}.#.attention.qkv {stack}.#.{ours}.[to_q to_k to_v]"
-            for a, b in (("out", "to_out.0"), ("q_norm", "norm_q"), ("k_norm", "norm_k")):
-                yield f"{stack}.#.attention.{a} {stack}.#.{ours}.{b}"
-        for n in "123":
-            yield f"{stack}.#.feed_forward.w{n} {stack}.#.feed_forward.linear_{n}"
-        yield f"{stack}.#.adaLN_modulation.1 {stack}.#.norm1.linear"
-        yield f"{stack}.#.attention_norm1 {stack}.#.norm1.norm"
-        yield f"{stack}.#.attention_norm1 {stack}.#.norm1"
-        yield f"{stack}.#.attention_norm2 {stack}.#.norm2"
-    for theirs, ours, w, mlp in (  # AuraFlow
-        ("double_layers", "joint_transformer_blocks", "w2", "mlpX"),
-        ("single_layers", "single_transformer_blocks", "w1", "mlp"),
-    ):
-        for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
-            yield f"{theirs}.#.attn.{w}{a} {ours}.#.attn.{b}"
-        for a, b in (("c_fc1", "linear_1"), ("c_fc2", "linear_2"), ("c_proj", "out_projection")):
-            yield f"{theirs}.#.{mlp}.{a} {ours}.#.ff.{b}"
-            yield f"{theirs}.#.mlpC.{a} {ours}.#.ff_context.{b}"
-    for a, b in (("q", "add_q_proj"), ("k", "add_k_proj"), ("v", "add_v_proj"), ("o", "to_add_out")):
-        yield f"double_layers.#.attn.w1{a} joint_transformer_blocks.#.attn.{b}"
-
-
-# Halves of rows exchanged: (shift, scale) of the originals, (scale, shift) of diffusers
-_SWAPPED = (("final_layer.adaLN_modulation.1", "norm_out.linear"), ("modF.1", "norm_out.linear"))
-_SWAPPED_CONTEXT = (
-    "joint_blocks.#.context_block.adaLN_modulation.1",
-    "transformer_blocks.#.norm1_context.linear",
-)
+modF.1                                    norm_out.linear~
+positional_encoding                       pos_embed.pos_embed
+double_layers.#.attn.w2q                  joint_transformer_blocks.#.attn.to_q
+double_layers.#.attn.w2k                  joint_transformer_blocks.#.attn.to_k
+double_layers.#.attn.w2v                  joint_transformer_blocks.#.attn.to_v
+double_layers.#.attn.w2o                  joint_transformer_blocks.#.attn.to_out.0
+double_layers.#.mlpX.c_fc1                joint_transformer_blocks.#.ff.linear_1
+double_layers.#.mlpX.c_fc2                joint_transformer_blocks.#.ff.linear_2
+double_layers.#.mlpX.c_proj               joint_transformer_blocks.#.ff.out_projection
+single_layers.#.attn.w1q                  single_transformer_blocks.#.attn.to_q
+single_layers.#.attn.w1k                  single_transformer_blocks.#.attn.to_k
+single_layers.#.attn.w1v                  single_transformer_blocks.#.attn.to_v
+single_layers.#.attn.w1o                  single_transformer_blocks.#.attn.to_out.0
+single_layers.#.mlp.c_fc1                 single_transformer_blocks.#.ff.linear_1
+single_layers.#.mlp.c_fc2                 single_transformer_blocks.#.ff.linear_2
+single_layers.#.mlp.c_proj                single_transformer_blocks.#.ff.out_projection
+double_layers.#.mlpC.c_fc1                joint_transformer_blocks.#.ff_context.linear_1
+double_layers.#.mlpC.c_fc2                joint_transformer_blocks.#.ff_context.linear_2
+double_layers.#.mlpC.c_proj               joint_transformer_blocks.#.ff_context.out_projection
+double_layers.#.attn.w1q                  joint_transformer_blocks.#.attn.add_q_proj
+double_layers.#.attn.w1k                  joint_transformer_blocks.#.attn.add_k_proj
+double_layers.#.attn.w1v                  joint_transformer_blocks.#.attn.add_v_proj
+double_layers.#.attn.w1o                  joint_transformer_blocks.#.attn.to_add_out
+""",
+}
 
 _PREFIXES = (
     "base_model.model.",
@@ -240,7 +255,10 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class Names:
-    """What names of files mean in one model."""
+    """What names of files mean in one model.
+
+    `modules` are its modules, `table` the targets of every dotted name, own names and originals.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = modules(model)
@@ -248,17 +266,15 @@ class Names:
         known = {path for path, own in holders.items() if any(t is not None for t in own.values())}
         known |= {f"{p}.{n}" if p else n for p, m in self.modules.items() for n in m._parameters}
         self._known = known - {""}
-        self._dotted = {name: (Target(name),) for name in self._known}
-        lines = [line.split(maxsplit=1) for line in _TABLE.splitlines() if line and line[0] != "#"]
-        for original, ours in [*lines, *(line.split(maxsplit=1) for line in _blocks())]:
-            self._add(original, ours.strip(), lambda path: False)
-        for original, ours in _SWAPPED:
-            self._add(original, ours, lambda path: True)
-        self._add(*_SWAPPED_CONTEXT, self._is_continuous)
+        self.table = {name: (Target(name),) for name in self._known}
+        for marks, lines in _FAMILIES.items():
+            if all(mark in self._known for mark in marks.split()):
+                for line in lines.strip().splitlines():
+                    self._add(*line.split(maxsplit=1))
         for name in [n for n in self._known if n.endswith(".to_out.0")]:
-            self._dotted.setdefault(name.removesuffix(".0"), (Target(name),))
+            self.table.setdefault(name.removesuffix(".0"), (Target(name),))
         self._flat: dict[str, tuple[Target, ...] | None] = {}
-        for name, targets in self._dotted.items():
+        for name, targets in self.table.items():
             flat = re.sub(r"[.-]", "_", name)
             self._flat[flat] = None if self._flat.get(flat, targets) != targets else targets
 
@@ -266,7 +282,7 @@ class Names:
         """The targets of a module's name in a file, dotted or with underscores; empty if it is unknown."""
         while True:
             for candidate in (name, re.sub(r"\.(weight|scale)$", "", name)):
-                found = self._dotted.get(candidate) or self._flat.get(re.sub(r"[.-]", "_", candidate))
+                found = self.table.get(candidate) or self._flat.get(re.sub(r"[.-]", "_", candidate))
                 if found:
                     return found
             shorter = _without_prefix(name)
@@ -274,23 +290,23 @@ class Names:
                 return ()
             name = shorter
 
-    def _add(self, original: str, ours: str, swap) -> None:
-        head, _, parts = ours.partition("[")
-        parts = [head + p for p in parts.rstrip("]").split()] or [ours]
-        pattern = re.compile(re.escape(parts[0]).replace(r"\#", r"(\d+)"))
-        for name in list(self._known):
-            match = pattern.fullmatch(name)
-            if match is None:
-                continue
-            number = match[1] if pattern.groups else ""
-            paths = tuple(p.replace("#", number) for p in parts)
+    def _add(self, original: str, ours: str) -> None:
+        head, _, parts = ours.rstrip("~").partition("[")
+        parts = [head + p for p in parts.rstrip("]").split()] or [head]
+        pattern = re.escape(parts[0]).replace(r"\#", r"(?P<n>\d+)").replace(r"\*", r"(?P<word>\w+)")
+        for match in filter(None, map(re.compile(pattern).fullmatch, list(self._known))):
+            wild = {"#": match.groupdict().get("n"), "*": match.groupdict().get("word")}
+            paths = tuple(_filled(p, wild) for p in parts)
             if all(p in self._known for p in paths):
-                alias = original.replace("#", number)
-                self._dotted.setdefault(
-                    alias, tuple(Target(p, i, paths, swap(p)) for i, p in enumerate(paths))
-                )
+                swap = ours.endswith("~") or self._is_continuous(paths[0])
+                targets = tuple(Target(p, i, paths, swap) for i, p in enumerate(paths))
+                self.table.setdefault(_filled(original, wild), targets)
 
     def _is_continuous(self, path: str) -> bool:
-        """Shift and scale alone, as in the last block of SD3."""
-        layer = self.modules[path]
-        return layer.out_features == 2 * layer.in_features
+        """Scale and shift alone for the text of a last block, as in SD3."""
+        layer = self.modules.get(path)
+        return path.endswith("norm1_context.linear") and layer.out_features == 2 * layer.in_features
+
+
+def _filled(name: str, wild: dict[str, str | None]) -> str:
+    return re.sub(r"[#*]", lambda m: wild[m[0]], name)

@@ -134,7 +134,8 @@ class _Module:
                 f"load_lora: {self.group.stem}: rows of LoKr with dora_scale have no form of their own"
             )
         # the rows of a Kronecker product are none
-        delta = self._own(adapter.delta_weight(), target, next(iter(found)))
+        first = next(iter(found))
+        delta = self._own(adapter.delta_weight(wide(found[first]).dtype), target, first)
         return Patch(
             f"{target.path}.weight", self._checked(delta, f"{target.path}.weight", next(iter(found)))
         )

@@ -68,7 +68,7 @@ class State:
     config: dict[str, object] = field(
         default_factory=dict
     )  # of the model, values that a widened input replaced
-    merged: dict[str, dict[str, Tensor | None]] = field(default_factory=dict)  # what base layers held
+    merged: dict[str, dict[str, Tensor | None]] | None = None  # what base layers held before a merge
 
     def install(self, model: nn.Module) -> None:
         """Keeps the state with the model, out of its parameters and its file."""
@@ -82,7 +82,8 @@ class State:
     def strengths_of(self, layer: Layer) -> Tensor:
         """[slots], or [batch, slots] where one strength is per sample."""
         like = layer.layer.unit
-        values = [torch.as_tensor(self.strengths.get(n, 0.0) if n else 0.0).to(like) for n in layer.slots]
+        given = [self.strengths.get(n, 0.0) if n else 0.0 for n in layer.slots]
+        values = [v.to(like) if isinstance(v, Tensor) else like.new_tensor(v) for v in given]
         return torch.stack(torch.broadcast_tensors(*values), -1)
 
     def write(self) -> None:
