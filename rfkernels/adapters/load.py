@@ -100,7 +100,7 @@ def load_lora(
         raise ValueError(f"load_lora: a file with adapters for this model required, got {source!s:.200}")
     if slots or max_rank:
         state.reserve = (slots or 1, max_rank)
-    parts, patches = _parts(model, contents.records, contents.patches)
+    parts, patches = _parts(state, contents.records, contents.patches)
     for path, part in parts.items():
         _check_room(state, path, part)
     state.install(model)
@@ -210,34 +210,38 @@ def _refuse_merged(state: State, call: str) -> None:
         raise ValueError(f"{call}: adapters are merged into the weights, unmerge_lora(model) first")
 
 
-def _parts(model: nn.Module, records, patches) -> tuple[dict[str, _Part], list[Patch]]:
+def _parts(state: State, records, patches) -> tuple[dict[str, _Part], list[Patch]]:
     """Adapters by layer, and changes of parameters; so are those of convolutions and the like."""
-    layers, found, changes = modules(model), {}, list(patches)
+    layers, found, changes = modules(state.model), {}, []
     for record in _joined(records):
-        layer = layers[record.path]
-        if not hasattr(layer, "in_features"):
-            merged, _ = record.item.merged(layer.weight)
-            changes.append(Patch(f"{record.path}.weight", merged, True))
-            continue
-        found[record.path] = _part(record, layer)
-    for patch in list(changes):
+        layer, weight, bias = layers[record.path], None, None
+        if isinstance(record.item, Adapter):
+            weight, bias = _original(state, record.path, layer)
+        if hasattr(layer, "in_features"):
+            found[record.path] = _part(record, layer, weight, bias)
+        else:
+            changes.append(Patch(f"{record.path}.weight", record.item.merged(weight)[0], True))
+    for patch in patches:
         path, _, name = patch.path.rpartition(".")
         if name in layers[path]._parameters:
-            continue
-        if patch.replaces:
-            raise ValueError(
-                f"load_lora: {patch.path} must be a parameter to be replaced, got {layers[path]}"
-            )
-        changes.remove(patch)
-        record = Record(path, Dense({"diff": patch.value}))
-        if path in found:
-            raise ValueError(f"load_lora: {path} must have one adapter, got two")
-        found[path] = _part(record, layers[path])
-    for patch in changes:
-        path = patch.path.removesuffix(".weight")
-        if path in found and found[path].record.inputs:
-            raise ValueError(f"load_lora: {path} is widened, its weight cannot be changed beside that")
+            changes.append(patch)
+        elif patch.replaces or path in found:
+            kind = "replaced" if patch.replaces else "changed beside another adapter"
+            raise ValueError(f"load_lora: {patch.path} must be a parameter to be {kind}, got {layers[path]}")
+        else:
+            record = Record(path, Dense({"diff": patch.value}))
+            found[path] = _part(record, layers[path], None, None)
+    for path in [p for p, part in found.items() if part.record.inputs is not None]:
+        if f"{path}.weight" in {*state.patched, *(p.path for p in changes)}:
+            raise ValueError(f"load_lora: {path} is to be widened, its weight cannot be changed beside that")
     return found, changes
+
+
+def _original(state: State, path: str, layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias without the changes of other adapters."""
+    weight, bias = weight_of(layer)
+    patched = state.patched.get(f"{path}.weight")
+    return weight if patched is None else patched.original, bias
 
 
 def _joined(records: Sequence[Record]) -> list[Record]:
@@ -256,10 +260,9 @@ def _joined(records: Sequence[Record]) -> list[Record]:
     return list(found.values())
 
 
-def _part(record: Record, layer: nn.Module) -> _Part:
+def _part(record: Record, layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> _Part:
     item, extra = record.item, None
     if isinstance(item, Adapter):
-        weight, bias = weight_of(layer)
         extra, item = item, item.factors(weight, bias)
     if item is not None:
         extra = None

@@ -1,8 +1,8 @@
 """Module names of files and of models: which modules of a model one name of a file means, and which rows.
 
 The tables name original modules on the left, those of diffusers on the right. `#` is a number, `*` a word;
-`[a b]` means that the rows of the original lie in a and b, one after the other; `~` that its halves are exchanged,
-(shift, scale) of the original for (scale, shift) of diffusers. Names of the model itself need no table.
+`[a b]` means that the rows of the original lie in a and b, one after the other; `~` that its halves are
+exchanged, (shift, scale) of the original for (scale, shift) of diffusers. The model's own names need none.
 """
 
 import re

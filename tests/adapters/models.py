@@ -1,7 +1,7 @@
 """Tiny diffusers models in float64, their state dicts in the original names, and diffusers' own converters.
 
-`original` inverts our table; the converter, which knows nothing of it, turns the result into names of diffusers
-again: what comes back tells whether table, rows and swaps are right.
+`original` inverts our table; the converter, which knows nothing of it, turns the result into names of
+diffusers again: what comes back tells whether table, rows and swaps are right.
 """
 
 import inspect

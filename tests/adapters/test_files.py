@@ -77,7 +77,7 @@ def test_xlabs():
 
 
 def test_block_diagonal_qkv():
-    """sd-scripts trains q, k, v apart and stores A stacked, B block diagonal: each gets its own third of the rank."""
+    """sd-scripts trains q, k, v apart, stores A stacked and B block diagonal: each gets its own rank."""
     model = model_of("flux")
     tensors, deltas = {}, {}
     for name, parts in (
@@ -111,7 +111,7 @@ def test_fused_qkv_shares_one_down():
     "name", ["final_layer.adaLN_modulation.1", "final_layer.linear", "img_in", "time_in.in_layer"]
 )
 def test_what_others_drop(name):
-    """diffusers 0.42 drops these kohya keys, applies no alpha to final_layer, and swaps nothing for FLUX.2."""
+    """diffusers 0.42 drops these kohya keys, has no alpha for final_layer and no swap for FLUX.2."""
     for family in ("flux", "flux2"):
         model = model_of(family)
         check(family, model, *low_rank(model, "kohya", f"^{name.replace('.', '[.]')}$"))

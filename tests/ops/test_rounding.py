@@ -1,4 +1,4 @@
-"""Stochastic rounding: exact on the grid, neighbours beside it, the right mean, and a pure function of its seed."""
+"""Stochastic rounding: exact on the grid, neighbours beside it, the right mean, a function of its seed."""
 
 import pytest
 import torch
