@@ -201,7 +201,7 @@ class Poly(Adapter):
     def forward(
         self, x: Tensor, base: Callable[[Tensor], Tensor], task: Tensor | int | None = None
     ) -> Tensor:
-        """f(x) + s x A_t B_t; `task` a number, or `[batch]` for x `[batch, .., in]`; by default `self.task`."""
+        """f(x) + s x A_t B_t; `task` a number, or `[batch]` for x `[batch, .., in]`, else `self.task`."""
         y = wide(base(x))
         if self.merge_after or not isinstance(task, Tensor):
             form = self.form(task)
