@@ -35,7 +35,7 @@ def test_blocks_are_hadamard_matrices(order):
 
 @pytest.mark.parametrize(
     "order, row",
-@pytest.mark.parametrize("n", [1, 2, 16, 64, 128, 4096, 12, 24, 112, 72, 40, 60, 80, 2560, 108, 280])
+    [  # second rows of Sloane's had.12, had.20.pal, had.28.pal2: QWHA's files rely on this order
         (12, "++-+---+++-+"),
         (20, "++-++----+-+-++++--+"),
         (28, "+++-++----++-++-+-++----++-+"),
@@ -45,9 +45,7 @@ def test_blocks_are_those_of_the_library(order, row):
     assert "".join("+" if v > 0 else "-" for v in hadamard_block(order)[1]) == row
 
 
-@pytest.mark.parametrize(
-    "n", [1, 2, 16, 64, 128, 4096, 12, 24, 28 * 4, 36 * 2, 40, 60, 80, 20 * 128, 108, 140 * 2]
-)
+@pytest.mark.parametrize("n", [1, 2, 16, 64, 128, 4096, 12, 24, 112, 72, 40, 60, 80, 2560, 108, 280])
 def test_fast_transform_is_the_dense_one(n):
     x, h = randn(3, 2, n), dense(n)
     close(wht(x), x @ h.T)
