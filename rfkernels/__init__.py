@@ -13,19 +13,36 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rfkernels import models, ops, samplers
+    from rfkernels import models, nn, ops, samplers
     from rfkernels.diagnosis import explain
     from rfkernels.pipeline import Pipeline, generate
+    from rfkernels.quantization.files import load_quantized, save_quantized
+    from rfkernels.quantization.model import quantize
 
     __version__: str
 
-__all__ = ["Pipeline", "__version__", "explain", "generate", "models", "ops", "samplers"]
+__all__ = [
+    "Pipeline",
+    "__version__",
+    "explain",
+    "generate",
+    "load_quantized",
+    "models",
+    "nn",
+    "ops",
+    "quantize",
+    "samplers",
+    "save_quantized",
+]
 
-_MODULES = frozenset({"models", "ops", "samplers"})
+_MODULES = frozenset({"models", "nn", "ops", "samplers"})
 _OBJECTS = {
     "Pipeline": "rfkernels.pipeline",
     "explain": "rfkernels.diagnosis",
     "generate": "rfkernels.pipeline",
+    "load_quantized": "rfkernels.quantization.files",
+    "quantize": "rfkernels.quantization.model",
+    "save_quantized": "rfkernels.quantization.files",
 }
 
 

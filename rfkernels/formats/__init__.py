@@ -1,0 +1,1 @@
+"""Checkpoints of quantised models: one module a family of files, read into `rfkernels.nn.QuantLinear`."""
