@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rfkernels import models, nn, ops, samplers
     from rfkernels.diagnosis import explain
+    from rfkernels.formats.native import load_quantized, save_quantized
     from rfkernels.pipeline import Pipeline, generate
-    from rfkernels.quantization.files import load_quantized, save_quantized
     from rfkernels.quantization.model import quantize
 
     __version__: str
@@ -40,9 +40,9 @@ _OBJECTS = {
     "Pipeline": "rfkernels.pipeline",
     "explain": "rfkernels.diagnosis",
     "generate": "rfkernels.pipeline",
-    "load_quantized": "rfkernels.quantization.files",
+    "load_quantized": "rfkernels.formats.native",
     "quantize": "rfkernels.quantization.model",
-    "save_quantized": "rfkernels.quantization.files",
+    "save_quantized": "rfkernels.formats.native",
 }
 
 

@@ -28,8 +28,11 @@ _NAMES = {
 class Checkpoint(Mapping[str, Tensor]):
     """Tensors by name, made when they are asked for, and the strings of the file's header."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None):
+    def __init__(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, prefix: str = ""
+    ):
         self._tensors, self.metadata = tensors, dict(metadata or {})
+        self.prefix = prefix  # taken off the names, not off those in the header
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -40,46 +43,52 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def layers(self) -> dict[str, set[str]]:
-        """The leaves of each module: names split at the last dot."""
-        found: dict[str, set[str]] = {}
+    def dtype(self, name: str) -> torch.dtype | str:
+        """Without reading the tensor; as the file says, where torch has no such dtype."""
+        return self._tensors.dtype(name) if isinstance(self._tensors, _View) else self._tensors[name].dtype
+
+    def layers(self) -> dict[str, dict[str, str]]:
+        """The leaves of each module, names split at the last dot, and their full names."""
+        found: dict[str, dict[str, str]] = {}
         for name in self:
             module, _, leaf = name.rpartition(".")
-            found.setdefault(module, set()).add(leaf)
+            found.setdefault(module, {})[leaf] = name
         return found
 
     def without_prefix(self, *prefixes: str) -> "Checkpoint":
         """The same tensors, a prefix that all names have taken off."""
         prefix = next((p for p in prefixes if self and all(n.startswith(p) for n in self)), "")
-        return Checkpoint(_Renamed(self, {n.removeprefix(prefix): n for n in self}), self.metadata)
+        return Checkpoint(_Renamed(self, {n.removeprefix(prefix): n for n in self}), self.metadata, prefix)
 
 
-class _Renamed(Mapping[str, Tensor]):
-    def __init__(self, tensors: Mapping[str, Tensor], names: dict[str, str]):
-        self._tensors, self._names = tensors, names
+class _View(Mapping[str, Tensor]):
+    """Tensors that lie elsewhere, there perhaps under other names."""
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class _File(Mapping[str, Tensor]):
-    def __init__(self, file):
-        self._file, self._names = file, list(file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+    def __init__(self, origin, names: dict[str, str]):
+        self._origin, self._names = origin, names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class _Renamed(_View):
+    def __getitem__(self, name: str) -> Tensor:
+        return self._origin[self._names[name]]
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        return self._origin.dtype(self._names[name])
+
+
+class _File(_View):
+    def __getitem__(self, name: str) -> Tensor:
+        return self._origin.get_tensor(self._names[name])
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        written = self._origin.get_slice(self._names[name]).get_dtype()
+        return next((dtype for dtype, known in _NAMES.items() if known == written), written)
 
 
 def open_checkpoint(source: str | Path | Mapping[str, Tensor]) -> Checkpoint:
@@ -101,7 +110,7 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor]) -> Checkpoint:
         file = safe_open(source, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"checkpoint {source}: a safetensors file is required, got: {error}") from None
-    return Checkpoint(_File(file), file.metadata())
+    return Checkpoint(_File(file, {n: n for n in file.keys()}), file.metadata())  # noqa: SIM118
 
 
 def write_safetensors(

@@ -170,8 +170,9 @@ class QuantLinear(nn.Module):
         tensors = self._tensors()
         tensors["weight"] = self.weight.view(torch.uint8)[rows].view(self.weight.dtype)
         for name in ("weight_scale", "weight_zero", "proj_up"):
-            if tensors[name] is not None and len(tensors[name].shape or ()) and tensors[name].numel() > 1:
-                tensors[name] = tensors[name][rows]
+            tensor = tensors[name]
+            if tensor is not None and tensor.numel() > 1:
+                tensors[name] = tensor[rows]
         bias = None if self.bias is None else self.bias[rows]
         return QuantLinear(bias=bias, **tensors, **{**self.config(), "dtype": self.dtype})
 

@@ -9,46 +9,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfkernels.nn import FORMATS, QuantLinear
-from rfkernels.quantization.files import load_quantized, save_quantized
 from rfkernels.quantization.model import quantize
 from rfkernels.quantization.rules import _TABLE, matches, rules_of
+from tests.quantization.models import Odd, flux, formats, run, shared
 
 diffusers = pytest.importorskip("diffusers")
-
-
-def flux(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    model = diffusers.FluxTransformer2DModel(
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=64,
-        pooled_projection_dim=32,
-        axes_dims_rope=(8, 12, 12),
-        guidance_embeds=True,
-    )
-    return model.eval() if dtype == torch.float32 else model.to(dtype).eval()
-
-
-def run(model):
-    g = torch.Generator().manual_seed(1)
-    randn = lambda *shape: torch.randn(*shape, generator=g)
-    with torch.no_grad():
-        return model(
-            hidden_states=randn(2, 16, 64),
-            encoder_hidden_states=randn(2, 8, 64),
-            pooled_projections=randn(2, 32),
-            timestep=torch.tensor([0.5, 0.7]),
-            guidance=torch.tensor([3.5, 3.5]),
-            img_ids=torch.zeros(16, 3),
-            txt_ids=torch.zeros(8, 3),
-            return_dict=False,
-        )[0]
-
-
-def formats(model):
-    return {n: m.format for n, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
 @pytest.mark.parametrize("method", FORMATS)
@@ -108,26 +73,6 @@ def test_which_layers():
     report = quantize(model, "w4a8", group=96)
     assert report["transformer_blocks.0.attn.to_q"].reason == "kept: a group of 96 does not divide 128 inputs"
     assert not formats(model)
-
-
-def shared(a, b):
-    return a.data_ptr() == b.data_ptr()
-
-
-class Odd(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.third = (
-            nn.Linear(64, 96),
-            nn.Linear(64, 96),
-            nn.Linear(64, 96, bias=False),
-        )
-        self.table, self.last = nn.Embedding(96, 64), nn.Linear(64, 96)
-        self.attention = nn.MultiheadAttention(64, 2)
-        self.last.weight = self.table.weight
-        self.second.weight = self.third.weight = self.first.weight
-        self.fourth = self.first
-        self.narrow = nn.Linear(40, 256)
 
 
 def test_tied_and_odd_layers():
@@ -225,61 +170,3 @@ def test_rules_name_layers_that_exist(name):
         assert any(matches(n, (pattern,)) for n in linears), pattern
     left = [n for n in linears if not matches(n, (*rules.keep, *rules.modulation))]
     assert left and not any(word in n for n in left for word in ("norm", "mod", "adaln", "embed")), left
-
-
-@pytest.mark.parametrize("method", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_files_round_trip(method, dtype, tmp_path):
-    model = flux(dtype)
-    quantize(model, method, modulation="w4a16")
-    path = tmp_path / "flux.safetensors"
-    save_quantized(model, path)
-    for target in (flux, flux(seed=1)):
-        loaded = load_quantized(target, path).eval()
-        assert formats(loaded) == formats(model)
-        ours, theirs = loaded.state_dict(), model.state_dict()
-        assert list(ours) == list(theirs)
-        for name, tensor in theirs.items():
-            assert ours[name].dtype == tensor.dtype
-            assert torch.equal(ours[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
-        if dtype == torch.float32:
-            assert torch.equal(run(loaded), run(model))
-
-
-def test_files_keep_ties(tmp_path):
-    model = Odd()
-    quantize(model, "int8", min_size=0)
-    save_quantized(model, tmp_path / "odd.safetensors")
-    size = (tmp_path / "odd.safetensors").stat().st_size
-    loaded = load_quantized(Odd(), tmp_path / "odd.safetensors")
-    assert shared(loaded.second.weight, loaded.first.weight)
-    assert shared(loaded.last.weight, loaded.table.weight)
-    stored = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
-    assert size < sum(stored.values()) + 8000
-
-
-def test_file_refusals(tmp_path):
-    path = tmp_path / "a.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"a.safetensors: a safetensors file is required, found none"):
-        load_quantized(flux, path)
-    path.write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="a safetensors file is required, got"):
-        load_quantized(flux, path)
-    from safetensors.torch import save_file
-
-    save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="a file of save_quantized is required"):
-        load_quantized(flux, path)
-    model = flux()
-    quantize(model, "int8")
-    save_quantized(model, path)
-    with pytest.raises(ValueError, match="a FluxTransformer2DModel is required, got a Linear"):
-        load_quantized(nn.Linear(2, 2), path)
-    wide = flux()
-    wide.proj_out = nn.Linear(128, 65)
-    with pytest.raises(ValueError, match=r"proj_out\.\w+ must be \[65.*got \[64"):
-        load_quantized(wide, path)
-    other = flux()
-    other.extra = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"missing \['extra.bias', 'extra.weight'\]"):
-        load_quantized(other, path)

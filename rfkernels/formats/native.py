@@ -12,7 +12,7 @@ from rfkernels.formats.container import Checkpoint, open_checkpoint, write_safet
 from rfkernels.nn import QuantLinear
 from rfkernels.quantization.model import replace
 
-__all__ = ["load_quantized", "save_quantized", "set_tensor"]
+__all__ = ["complete", "load_quantized", "save_quantized", "set_tensor"]
 
 _KEY, _VERSION = "rfkernels", 1
 
@@ -82,11 +82,14 @@ def load_quantized(
         )
     for name in sorted(wanted):
         set_tensor(model, name, tensor(name))
+    return complete(model, path)
+
+
+def complete(model: nn.Module, path: object) -> nn.Module:
+    """The model, if none of its tensors is left without numbers."""
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
-        raise ValueError(
-            f"{path}: has no {left[:4]}, which the model makes itself: give a model, not a function"
-        )
+        raise ValueError(f"{path}: has no {left[:4]}, which the model makes itself: make it on a real device")
     return model
 
 
