@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rfkernels import models, nn, ops, samplers
+    from rfkernels import formats, models, nn, ops, samplers
     from rfkernels.diagnosis import explain
     from rfkernels.formats.native import load_quantized, save_quantized
     from rfkernels.pipeline import Pipeline, generate
@@ -25,6 +25,7 @@ __all__ = [
     "Pipeline",
     "__version__",
     "explain",
+    "formats",
     "generate",
     "load_quantized",
     "models",
@@ -35,7 +36,7 @@ __all__ = [
     "save_quantized",
 ]
 
-_MODULES = frozenset({"models", "nn", "ops", "samplers"})
+_MODULES = frozenset({"formats", "models", "nn", "ops", "samplers"})
 _OBJECTS = {
     "Pipeline": "rfkernels.pipeline",
     "explain": "rfkernels.diagnosis",

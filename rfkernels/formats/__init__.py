@@ -5,4 +5,5 @@
 
 from rfkernels.formats.load import Part as Part
 from rfkernels.formats.load import load as load
+from rfkernels.formats.load import original_names as original_names
 from rfkernels.formats.load import read as read

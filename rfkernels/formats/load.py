@@ -13,19 +13,19 @@ from rfkernels.formats.native import complete, set_tensor
 from rfkernels.nn import QuantLinear
 from rfkernels.quantization.model import replace
 
-__all__ = ["Part", "Rename", "load", "read", "reader_of"]
+__all__ = ["Part", "Rename", "load", "original_names", "read", "reader_of"]
 
 _READERS = (comfy, nunchaku, nvfp4, bnb, fp8)  # fp8 has the weakest mark: the dtype of weights
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "_orig_mod.", "model.")
 
 
 class Part(NamedTuple):
-    """`target` takes the row blocks `take` of `of` equal ones: the q of a qkv is `Part(name, (0,), 3)`, a
-    swap of halves `Part(name, (1, 0), 2)`."""
+    """`target` takes the rows `start` to `stop` of a tensor; `swap`: their halves exchanged."""
 
     target: str
-    take: tuple[int, ...]
-    of: int
+    start: int
+    stop: int
+    swap: bool = False
 
 
 Rename = Callable[[str], "str | Sequence[Part]"]
@@ -77,8 +77,8 @@ def load(
     """Loads a checkpoint into a model, in place; the model may be on "meta".
 
     Args:
-        rename: from a name in the file, `L.weight` for a layer L, to that in the model; or to `Part`s of
-            its rows, where the model splits a layer (BFL's qkv). By default names are the model's.
+        rename: from a name in the file, `L.weight` for a layer L, to that in the model; or to `Part`s that
+            share its rows. By default names are the model's; `original_names(model)` knows others.
         method: a format of `QuantLinear` for weights of linear layers that come as floating tensors;
             `options` as in `QuantLinear.from_linear`. By default these stay `nn.Linear`.
 
@@ -109,12 +109,35 @@ def _placed(
     if isinstance(target, str):
         yield target, item
         return
+    rows = item.out_features if isinstance(item, QuantLinear) else len(item)
+    covered = sorted(row for part in target for row in range(part.start, part.stop))
+    if covered != list(range(rows)):
+        raise ValueError(f"checkpoint: {name} must have {len(covered)} rows for {list(target)}, got {rows}")
     for part in target:
-        rows = item.out_features if isinstance(item, QuantLinear) else len(item)
-        if rows % part.of:
-            raise ValueError(f"checkpoint: {name} must have a multiple of {part.of} rows, got {rows}")
-        index = torch.arange(rows).unflatten(0, (part.of, -1))[list(part.take)].flatten()
+        index = torch.arange(part.start, part.stop)
+        index = index.roll(len(index) // 2) if part.swap else index
         yield part.target, item.take_rows(index) if isinstance(item, QuantLinear) else item[index]
+
+
+def original_names(model: nn.Module) -> Rename:
+    """The names of the original repository (BFL, Stability AI, Wan ..) of a model of diffusers, for
+    `load`."""
+    from rfkernels.adapters.names import Names
+
+    names = Names(model)
+    rows = {name: len(tensor) for name, tensor in model.state_dict().items() if tensor.ndim}
+
+    def rename(name: str) -> str | list[Part]:
+        layer, _, leaf = name.rpartition(".")
+        parts, start = [], 0
+        for target in () if name in rows else names.find(layer):
+            known = next((n for n in (f"{target.path}.{leaf}", f"{target.path}.weight") if n in rows), None)
+            if known is None:
+                return name
+            parts.append(Part(known, start, start := start + rows[known], target.swap))
+        return parts or name
+
+    return rename
 
 
 def _put(

@@ -1,10 +1,12 @@
 """Checkpoints into models: detection, names, parts of fused layers, refusals, the container."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from rfkernels.formats import Part, bnb, comfy, fp8, load, nunchaku, nvfp4, read
+from rfkernels.formats import Part, bnb, comfy, fp8, load, nunchaku, nvfp4, original_names, read
 from rfkernels.formats.container import Checkpoint, open_checkpoint, write_safetensors
 from rfkernels.formats.load import reader_of
 from rfkernels.nn import QuantLinear
@@ -40,9 +42,9 @@ class Target(nn.Module):
 def rename(name):
     if name.startswith("qkv."):
         leaf = name.removeprefix("qkv.")
-        return [Part(f"to_{x}.{leaf}", (i,), 3) for i, x in enumerate("qkv")]
+        return [Part(f"to_{x}.{leaf}", 32 * i, 32 * i + 32) for i, x in enumerate("qkv")]
     if name.startswith("adaLN."):
-        return [Part(name.replace("adaLN", "mod"), (1, 0), 2)]
+        return [Part(name.replace("adaLN", "mod"), 0, 64, swap=True)]
     return name.replace("ln.", "norm.").replace("scale", "weight")
 
 
@@ -104,7 +106,7 @@ def test_refusals():
         load(Target(), state)
     with pytest.raises(ValueError, match=r"1 tensors are missing, among them \['norm.bias'\]"):
         load(Target(), {k: v for k, v in state.items() if k != "ln.bias"}, rename=rename)
-    with pytest.raises(ValueError, match=r"qkv.bias must have a multiple of 3 rows, got 95"):
+    with pytest.raises(ValueError, match=r"qkv.bias must have 96 rows for .*, got 95"):
         load(Target(), state | {"qkv.bias": torch.ones(95)}, rename=rename)
     with pytest.raises(ValueError, match=r"norm.weight must be \[32\], got \[31\]"):
         load(Target(), state | {"ln.weight": torch.ones(31)}, rename=rename)
@@ -149,3 +151,37 @@ def test_prefixes_go_only_where_all_names_have_them():
     both = Checkpoint({"model.a": one, "model.b": one}).without_prefix("model.")
     assert list(both) == ["a", "b"] and both["a"] is one and both.dtype("a") == torch.float32
     assert list(Checkpoint({"model.a": one, "b": one}).without_prefix("model.")) == ["model.a", "b"]
+
+
+def test_original_names_of_flux():
+    """BFL's fused layers, in int8 with rotation, as ComfyUI stores them, into diffusers' model."""
+    pytest.importorskip("rfkernels.adapters.names")
+    from tests.quantization.models import flux, run
+
+    model = flux()
+    state, blocks = model.state_dict(), {}
+    double, single = "transformer_blocks.0.", "single_transformer_blocks.0."
+    for kind in ("weight", "bias"):
+        get = lambda prefix, *names, kind=kind: torch.cat([state.pop(f"{prefix}{n}.{kind}") for n in names])
+        blocks[f"double_blocks.0.img_attn.qkv.{kind}"] = get(double, "attn.to_q", "attn.to_k", "attn.to_v")
+        names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+        blocks[f"single_blocks.0.linear1.{kind}"] = get(single, *names)
+        scale, shift = get("", "norm_out.linear").chunk(2)
+        blocks[f"final_layer.adaLN_modulation.1.{kind}"] = torch.cat((shift, scale))
+    blocks["double_blocks.0.img_attn.norm.query_norm.scale"] = state.pop(f"{double}attn.norm_q.weight")
+    file = {}
+    for name, tensor in (blocks | state).items():
+        layer, _, leaf = name.rpartition(".")
+        if "qkv" not in name and "linear1" not in name:
+            file[name] = tensor
+        elif leaf == "weight":
+            linear = nn.Linear(*reversed(tensor.shape))
+            linear.weight.data, linear.bias.data = tensor, blocks[f"{layer}.bias"]
+            parts, mark = comfy.tensors(QuantLinear.from_linear(linear, "int8-convrot"))
+            file |= {f"{layer}.{k}": v for k, v in parts.items()}
+            file[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
+    expected = run(model)
+    target = flux(seed=1)
+    load(target, {f"model.diffusion_model.{k}": v for k, v in file.items()}, rename=original_names(target))
+    assert sum(isinstance(m, QuantLinear) for m in target.modules()) == 7
+    assert (run(target) - expected).norm() < 5e-3 * expected.norm()
