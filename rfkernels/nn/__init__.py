@@ -2,7 +2,7 @@
 
 from rfkernels.nn.lora import LoRALinear as LoRALinear
 from rfkernels.nn.lora import run_linear as run_linear
-from rfkernels.nn.schedule import interval_coefficients as interval_coefficients
+from rfkernels.nn.quant_linear import FORMATS as FORMATS
+from rfkernels.nn.quant_linear import QuantLinear as QuantLinear
 from rfkernels.nn.schedule import mixed_coefficients as mixed_coefficients
 from rfkernels.nn.schedule import mixed_factors as mixed_factors
-from rfkernels.nn.schedule import rank_mask as rank_mask
