@@ -25,7 +25,7 @@ _ENDINGS = (
     (r"\.lora_magnitude_vector~(?:\.weight)?", "lora_magnitude_vector"),
     (r"\.dora_scale", "dora_scale"),
     (r"\.(?P<role>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))~(?:\.weight)?", ""),
-    (r"\.lora_t_bounds", "bounds"),
+    (r"\.(?P<role>lora_t_(?:bounds|router\.[02]\.(?:weight|bias)))", ""),
     (r"\.diff", "diff"),
     (r"\.diff_b", "diff_b"),
     (r"\.w_norm", "diff"),

@@ -21,7 +21,8 @@ from rfkernels.adapters.base import Adapter, Factors, weight_of
 from rfkernels.adapters.files import read_lora
 from rfkernels.adapters.names import modules
 from rfkernels.adapters.records import Dense, Patch, Record
-from rfkernels.adapters.state import Layer, Patched, State, forget, state_of
+from rfkernels.adapters.state import Layer, Patched, State, forget, state_of, write_columns
+from rfkernels.adapters.timestep import TimestepLoRA
 from rfkernels.nn.lora import LoRALinear
 
 __all__ = ["LoadReport", "load_lora", "loaded", "set_adapters", "set_time", "unload_lora"]
@@ -149,14 +150,19 @@ def set_adapters(
 
 
 @torch.no_grad()
-def set_time(model: nn.Module, t: float | Tensor) -> None:
-    """Writes the coefficients of adapters with an expert per interval of time, before a step at t in 0 .. 1.
+def set_time(
+    model: nn.Module, t: float | Tensor, embedding: Tensor | None = None, shares: Tensor | None = None
+) -> None:
+    """Writes the coefficients of adapters with experts per time (adapters/timestep.py), before a step.
 
-    `t`: a number, or a tensor `[]` or `[batch]` on the device.
+    Args:
+        t: in 0 .. 1, a number, or a tensor `[]` or `[batch]` on the device. Before the first call none is on.
+        embedding: of t, `[.., e]`, for adapters with a router.
+        shares: of the experts, `[.., J]`, instead of the adapters' own rule: `multiscale_coefficients`.
     """
     state = _state(model, "set_time")
     _refuse_merged(state, "set_time")
-    state.set_time(torch.as_tensor(t, dtype=torch.float32))
+    state.set_time(t, embedding, shares)
 
 
 @torch.no_grad()
@@ -231,10 +237,21 @@ def _parts(state: State, records, patches) -> tuple[dict[str, _Part], list[Patch
         else:
             record = Record(path, Dense({"diff": patch.value}))
             found[path] = _part(record, layers[path], None, None)
-    for path in [p for p, part in found.items() if part.record.inputs is not None]:
-        if f"{path}.weight" in {*state.patched, *(p.path for p in changes)}:
-            raise ValueError(f"load_lora: {path} is to be widened, its weight cannot be changed beside that")
+    for path, part in found.items():
+        _check_layer(layers, path)
+        changed = f"{path}.weight" in {*state.patched, *(p.path for p in changes)}
+        if part.record.inputs is not None and (changed or not isinstance(layers[path], nn.Linear)):
+            raise ValueError(
+                f"load_lora: {path} is to be widened: an nn.Linear without other changes required"
+            )
     return found, changes
+
+
+def _check_layer(layers: dict[str, nn.Module], path: str) -> None:
+    """Refuses a layer that the model does not call."""
+    parent, _, name = path.rpartition(".")
+    if getattr(layers[parent], "fused_projections", False) and name.split("_")[-1] in ("q", "k", "v", "proj"):
+        raise ValueError(f"load_lora: {path} must be in use, unfuse_qkv_projections() first")
 
 
 def _original(state: State, path: str, layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -262,7 +279,9 @@ def _joined(records: Sequence[Record]) -> list[Record]:
 
 def _part(record: Record, layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> _Part:
     item, extra = record.item, None
-    if isinstance(item, Adapter):
+    if isinstance(item, TimestepLoRA):
+        item = item.factors_at(torch.ones_like(item.columns))
+    elif isinstance(item, Adapter):
         extra, item = item, item.factors(weight, bias)
     if item is not None:
         extra = None
@@ -271,11 +290,6 @@ def _part(record: Record, layer: nn.Module, weight: Tensor | None, bias: Tensor 
     elif record.bias is not None or extra is None:
         none = record.bias.new_zeros(0, layer.in_features), record.bias.new_zeros(layer.out_features, 0)
         item = Factors(*none, bias=record.bias)
-    if record.bounds is not None and (item is None or len(item.down) % (len(record.bounds) - 1)):
-        raise ValueError(
-            f"load_lora: rank of {record.path} must be a multiple of {len(record.bounds) - 1} intervals, "
-            f"got {0 if item is None else len(item.down)}"
-        )
     return _Part(item, extra, record)
 
 
@@ -333,9 +347,9 @@ def _place(state: State, path: str, part: _Part, name: str) -> None:
         layer.layer.load(slot, replace(part.factors, down=down))
     if part.extra is not None:
         layer.layer.load_extra(slot, part.extra)
-    if part.record.bounds is not None:
-        bounds = part.record.bounds
-        layer.bounds[name] = (bounds.to(layer.layer.unit), part.rank // (len(bounds) - 1))
+    if isinstance(part.record.item, TimestepLoRA):
+        layer.timed[name] = part.record.item.to(layer.layer.unit.device)
+        write_columns(layer.layer, layer.layer.columns(slot).start, layer.layer.unit.new_zeros(part.rank))
 
 
 def _widen(state: State, path: str, layer: Layer, inputs: int) -> None:
@@ -347,7 +361,7 @@ def _widen(state: State, path: str, layer: Layer, inputs: int) -> None:
     wide.weight.zero_()
     wide.weight[:, : base.in_features] = base.weight
     wide.weight.requires_grad_(base.weight.requires_grad)
-    wide.bias = base.bias
+    wide.bias, wide.before_widening = base.bias, base.in_features
     layer.layer.widen(wide)
     config = getattr(state.model, "config", {})
     if hasattr(state.model, "register_to_config") and config.get("in_channels") == base.in_features:
@@ -370,7 +384,7 @@ def _remove(state: State, name: str) -> None:
         if slot is not None:
             layer.layer.clear(slot)
             layer.slots[slot] = None
-            layer.bounds.pop(name, None)
+            layer.timed.pop(name, None)
         if not any(layer.slots) and not state.reserve:
             state.restore(path)
     for path, patched in list(state.patched.items()):

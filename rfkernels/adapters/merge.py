@@ -5,9 +5,9 @@
 Restoring copies what was kept; nothing is ever subtracted. `rounding="stochastic"` keeps changes far below a
 step of the stored type on average, which rounding to nearest drops.
 
-A quantised layer is merged through its dequantised weight and quantised again in its own format: new scales
-from the extremes of rows or groups (no search), codes rounded as asked. Merging there costs what quantising
-costs in accuracy; the branch beside it does not.
+A quantised layer is merged through its dequantised weight and quantised again in its own format
+(`requantize`), codes rounded as asked. Merging there costs what quantising costs in accuracy; the branch
+beside it does not.
 """
 
 import zlib
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from rfkernels.adapters.base import Factors, weight_of, wide
 from rfkernels.adapters.lora import concatenate, truncate
+from rfkernels.adapters.requantize import requantize
 from rfkernels.adapters.state import State, state_of
-from rfkernels.nn.lora import LoRALinear
-from rfkernels.ops.quantize import rotation_matrix
+from rfkernels.nn import LoRALinear, QuantLinear
 from rfkernels.ops.rounding import round_to
 
 __all__ = ["combine_adapters", "merge_lora", "unmerge_lora"]
@@ -131,55 +131,17 @@ def store(base: nn.Module, weight: Tensor, bias: Tensor | None, rounding: str, s
     if isinstance(base, nn.Linear):
         base.weight.copy_(round_to(weight, base.weight.dtype, rounding=rounding, seed=seed))
         dtype = base.weight.dtype
-    else:
-        _quantize_into(base, weight.float(), rounding, seed)
+    elif isinstance(base, QuantLinear):
+        requantize(base, weight, rounding, seed)
         dtype = base.dtype
+    else:
+        raise ValueError(f"merge_lora: an nn.Linear or QuantLinear required, got {type(base).__name__}")
     if bias is None:
         return
     if base.bias is None:
         base.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     else:
         base.bias.copy_(bias)
-
-
-def _quantize_into(base: nn.Module, weight: Tensor, rounding: str, seed: int) -> None:
-    """Codes and scales of a QuantLinear's own format."""
-    if base.format == "svdq-int4":  # the residual carries the change, its low-rank part stays
-        weight = (weight - base.proj_up.float() @ base.proj_down.float()) * base.smooth.float()
-    if base.rotation:
-        matrix = rotation_matrix(base.rotation, dtype=torch.float32).to(weight.device)
-        weight = (weight.unflatten(-1, (-1, base.rotation)) @ matrix).flatten(-2)
-    codes, scale, zero = base.weight, base.weight_scale, base.weight_zero
-    groups = scale.shape[1] if codes.dtype == torch.uint8 and scale.ndim == 2 else 1
-    blocks = weight.unflatten(-1, (groups, -1))
-    low, high = blocks.amin(-1), blocks.amax(-1)
-    largest = torch.maximum(-low, high)
-    if codes.dtype != torch.uint8:
-        if scale is not None:
-            limit = 127.0 if codes.dtype == torch.int8 else 448.0
-            amax = largest.amax() if scale.numel() == 1 else largest
-            _put_scale(scale, amax / limit)
-            scale = scale.float().reshape(-1, 1)
-        codes.copy_(round_to(weight, codes.dtype, rounding=rounding, seed=seed, scale=scale))
-        return
-    _put_scale(scale, largest / 7 if zero is None else (high - low) / 15)
-    step = scale.float().reshape(len(scale), groups)
-    offset = torch.full_like(step, 8.0)
-    if zero is not None and zero.is_floating_point():
-        zero.copy_(low + 8 * step)
-        blocks = blocks - zero.float()[..., None]
-    elif zero is not None:
-        zero.copy_((-low / step).round().clamp(0, 15))
-        offset = zero.float()
-    digits = (blocks / step[..., None] + offset[..., None]).flatten(-2).clamp(0, 15)
-    numbers = round_to(digits, torch.uint8, rounding=rounding, seed=seed)
-    even, odd = numbers.unflatten(-1, (-1, 2)).unbind(-1)
-    codes.copy_(even | (odd << 4))
-
-
-def _put_scale(scale: Tensor, value: Tensor) -> None:
-    """Scales in their stored type, positive: codes are made with what is stored."""
-    scale.copy_(value.clamp_min(torch.finfo(scale.dtype).tiny).reshape(scale.shape))
 
 
 @torch.no_grad()

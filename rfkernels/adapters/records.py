@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 from rfkernels.adapters.base import Adapter, Additive, Factors, check_weight, wide
 from rfkernels.adapters.dialects import Alphas, Group
+from rfkernels.adapters.dora import DoRA
+from rfkernels.adapters.lora import LoRA
+from rfkernels.adapters.lycoris import LoHa, LoKr
 from rfkernels.adapters.names import Names, Target, bare
+from rfkernels.adapters.timestep import TimestepLoRA
 
 __all__ = ["Dense", "Patch", "Record", "records_of"]
 
@@ -21,14 +25,12 @@ class Record:
         path: the layer's name.
         item: the adapter; None where the file has a bias alone.
         bias: `[out]`, added to the layer's, times the strength.
-        bounds: `[J + 1]`: its columns are J experts, one per interval of time.
         inputs: in_features that the layer must be widened to.
     """
 
     path: str
     item: Factors | Adapter | None
     bias: Tensor | None = None
-    bounds: Tensor | None = None
     inputs: int | None = None
 
 
@@ -62,7 +64,7 @@ def records_of(
 ) -> tuple[list[Record | Patch], list[str]]:
     """What a group of tensors does to its targets, and the keys that have no part in it."""
     made = _Module(group, targets, names, alphas)
-    records = [*made.low_rank(), *made.lycoris(), *made.differences()]
+    records = [*made.timed(), *made.low_rank(), *made.lycoris(), *made.differences()]
     return records, [group.keys[role] for role in made.left]
 
 
@@ -89,7 +91,7 @@ class _Module:
             )
         scale = self.alphas.scale(bare(self.group.stem), len(down), self.alpha)
         magnitude = next((r for r in ("lora_magnitude_vector", "dora_scale") if r in self.left), None)
-        m, bounds, reshaped = self._take(magnitude), self._take("bounds"), self._take("reshape_weight")
+        m, reshaped = self._take(magnitude), self._take("reshape_weight")
         bias, added = None if up_bias is None else scale * wide(up_bias), self._take("diff_b")
         for target, (a, b) in zip(self.targets, self._split(down, up), strict=True):
             parts = [
@@ -99,11 +101,27 @@ class _Module:
             own = None if m is None else m if m.shape[0] == 1 else self._own(m, target, magnitude)
             item = _low_rank(layer, a, b, scale, mid, magnitude, own)
             inputs = self._inputs(target, layer, a, b, reshaped, item)
-            yield Record(target.path, item, sum(parts) if parts else None, bounds, inputs)
+            yield Record(target.path, item, sum(parts) if parts else None, inputs)
+
+    def timed(self) -> Iterator[Record]:
+        """Experts per time, of our own names (adapters/timestep.py)."""
+        found = {r: self._take(r) for r in list(self.left) if r.startswith("lora_t_")}
+        if not found:
+            return
+        found |= {
+            f"lora_{s}.weight": self._take(r) for r, s in (("down", "A"), ("up", "B")) if r in self.left
+        }
+        self._take("alpha")
+        for target in self.targets:
+            up = found.get("lora_B.weight")
+            own = {} if up is None else {"lora_B.weight": self._own(up, target, "up")}
+            item = self._made(TimestepLoRA, found | own)
+            item.scale = self.alphas.scale(bare(self.group.stem), item.rank, self.alpha)
+            layer, down = self.names.modules[target.path], item.tensor("lora_A.weight")
+            self._inputs(target, layer, down, item.tensor("lora_B.weight"), None, item)
+            yield Record(target.path, item)
 
     def lycoris(self) -> Iterator[Record | Patch]:
-        from rfkernels.adapters.lycoris import LoHa, LoKr
-
         for prefix, family in (("hada_", LoHa), ("lokr_", LoKr)):
             found = {r: self._take(r) for r in list(self.left) if r.startswith(prefix)}
             if not found:
@@ -119,10 +137,7 @@ class _Module:
         if not whole:
             splits = ("hada_w1_a", "hada_w2_a", *(["dora_scale"] if _per_output(found) else []))
             own |= {r: self._own(found[r], target, r) for r in splits if r in found}
-        try:
-            adapter = family(own, **hyper)
-        except ValueError as error:
-            raise ValueError(f"load_lora: {self.group.stem}: {error}") from None
+        adapter = self._made(family, own, **hyper)
         layer = self.names.modules[target.path]
         if whole or any(r.startswith("hada_") for r in found):
             size, expected = adapter.delta_weight().numel(), _size(layer)
@@ -155,6 +170,12 @@ class _Module:
                 yield Patch(path, self._checked(own, path, role), role == "set_weight")
 
     # --- parts ---
+
+    def _made(self, family: type[Adapter], tensors: dict[str, Tensor], **hyper) -> Adapter:
+        try:
+            return family(tensors, **hyper)
+        except ValueError as error:
+            raise ValueError(f"load_lora: {self.group.stem}: {error}") from None
 
     def _take(self, role: str | None) -> Tensor | None:
         return self.left.pop(role, None)
@@ -196,7 +217,7 @@ class _Module:
             return None
         inputs = down.flatten(1).shape[1]
         if len(up) == layer.out_features:
-            if inputs == layer.in_features:
+            if inputs in (layer.in_features, getattr(layer, "before_widening", None)):
                 return None
             widened = target.path.endswith("x_embedder") if reshaped is None else int(reshaped[1]) == inputs
             if inputs > layer.in_features and widened:
@@ -232,9 +253,6 @@ class _Module:
 
 
 def _low_rank(layer, down, up, scale, mid, magnitude, own) -> Factors | Adapter:
-    from rfkernels.adapters.dora import DoRA
-    from rfkernels.adapters.lora import LoRA
-
     alpha = scale * len(down)
     if hasattr(layer, "in_features") and mid is None:
         down, up = down.flatten(1), up.flatten(1)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from rfkernels.adapters.records import Patch
+from rfkernels.adapters.timestep import TimestepLoRA
 from rfkernels.nn.lora import LoRALinear
-from rfkernels.nn.schedule import interval_coefficients
 
-__all__ = ["Layer", "Patched", "State", "forget", "state_of"]
+__all__ = ["Layer", "Patched", "State", "forget", "state_of", "write_columns"]
 
 _ATTRIBUTE = "_rfkernels_adapters"
 Strength = float | Tensor
@@ -22,7 +22,7 @@ class Layer:
     layer: LoRALinear
     original: nn.Module
     slots: list[str | None] = field(default_factory=list)
-    bounds: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # of intervals of time, rank of each
+    timed: dict[str, TimestepLoRA] = field(default_factory=dict)
 
     def slot_of(self, name: str) -> int | None:
         return self.slots.index(name) if name in self.slots else None
@@ -93,12 +93,12 @@ class State:
         for patched in self.patched.values():
             patched.write(self.strengths)
 
-    def set_time(self, t: Tensor) -> None:
-        """Coefficients of adapters whose columns are experts per interval of time."""
+    def set_time(self, t: Strength, embedding: Tensor | None, shares: Tensor | None) -> None:
+        """Coefficients of adapters with experts per time."""
         for layer in self.layers.values():
-            for name, (bounds, rank) in layer.bounds.items():
+            for name, adapter in layer.timed.items():
                 start = layer.layer.columns(layer.slot_of(name)).start
-                _write_columns(layer.layer, start, interval_coefficients(t, bounds, rank))
+                write_columns(layer.layer, start, adapter.coefficients(t, embedding, shares))
 
     def restore(self, path: str) -> None:
         """The very module that stood there."""
@@ -116,7 +116,8 @@ class State:
                     )
 
 
-def _write_columns(layer: LoRALinear, start: int, values: Tensor) -> None:
+def write_columns(layer: LoRALinear, start: int, values: Tensor) -> None:
+    """Coefficients `[n]` or `[batch, n]` of the columns from `start` on."""
     table = layer.coefficient if layer.coefficient.ndim == 1 else layer.coefficient[:, 0]
     if values.ndim > table.ndim:
         table = table.expand(len(values), -1)

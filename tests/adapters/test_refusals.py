@@ -38,7 +38,7 @@ REFUSED = {
     "nan": (replaced("fc.lora_A.weight", NAN), r"must be finite, got NaN or infinity in fc\.lora_A\.weight"),
     "rank": (
         replaced("fc.lora_A.weight", torch.ones(3, 8)),
-        r"rank must be one for both factors, got fc\.lora_A\.weight \[3, 8\] and fc\.lora_B\.weight \[12, 2\]",
+        r"rank must be one for both factors, got fc\.lora_A\.weight \[3, 8\] and fc\.lora_B",
     ),
     "inputs": (replaced("fc.lora_A.weight", torch.ones(2, 9)), r"weight \[12, 8\] of fc, got \[12, 9\]"),
     "outputs": (replaced("fc.lora_B.weight", torch.ones(11, 2)), r"weight \[12, 8\] of fc, got \[11, 8\]"),
@@ -177,3 +177,25 @@ def test_what_cannot_be_merged_leaves_the_model():
     assert model["a"] is wrapped
     unload_lora(model)
     assert_untouched(model, before)
+
+
+def test_layers_that_are_not_in_use():
+    """diffusers keeps to_q beside the fused projection that it calls."""
+    model = model_of("flux")
+    tensors = pair(24, 24, name="transformer_blocks.0.attn.to_q")
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn\.to_q must be in use, unfuse"):
+        load_lora(model, tensors)
+    model.unfuse_qkv_projections()
+    load_lora(model, tensors)
+
+
+def test_widening_of_a_changed_layer():
+    model = model_of("flux")
+    load_lora(model, {"x_embedder.diff": torch.ones(24, 8)})
+    with pytest.raises(ValueError, match=r"x_embedder is to be widened: an nn\.Linear without"):
+        load_lora(model, pair(24, 16, name="img_in"))
+    unload_lora(model)
+    load_lora(model, pair(24, 16, name="img_in"))
+    load_lora(model, pair(24, 8, name="img_in"), name="narrow")  # reads the first channels
+    assert model.x_embedder.in_features == 16
