@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from rfkernels.adapters.base import Adapter, Factors, weight_of
 from rfkernels.adapters.files import read_lora
 from rfkernels.adapters.names import modules
+from rfkernels.adapters.place import Part, change, check_room, place, remove
 from rfkernels.adapters.records import Dense, Patch, Record
-from rfkernels.adapters.state import Layer, Patched, State, forget, state_of, write_columns
+from rfkernels.adapters.state import State, forget, state_of
 from rfkernels.adapters.timestep import TimestepLoRA
-from rfkernels.nn.lora import LoRALinear
 
 __all__ = ["LoadReport", "load_lora", "loaded", "set_adapters", "set_time", "unload_lora"]
 
@@ -45,19 +45,6 @@ class LoadReport:
     parameters: tuple[str, ...]
     unknown: tuple[str, ...]
     text_encoder: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one layer is to get."""
-
-    factors: Factors | None
-    extra: Adapter | None
-    record: Record
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.factors is None else len(self.factors.down)
 
 
 @torch.no_grad()
@@ -99,18 +86,26 @@ def load_lora(
         raise ValueError(f"load_lora: {len(contents.unknown)} keys mean nothing for this model:\n  {listed}")
     if not contents.records and not contents.patches:
         raise ValueError(f"load_lora: a file with adapters for this model required, got {source!s:.200}")
-    if slots or max_rank:
-        state.reserve = (slots or 1, max_rank)
     parts, patches = _parts(state, contents.records, contents.patches)
-    for path, part in parts.items():
-        _check_room(state, path, part)
-    state.install(model)
-    for path, part in parts.items():
-        _place(state, path, part, name)
-    for patch in patches:
-        _patch(state, patch, name)
-    state.strengths[name] = scale
-    state.write()
+    reserve = state.reserve
+    try:
+        if slots or max_rank:
+            state.reserve = (slots or 1, max_rank)
+        for path, part in parts.items():
+            check_room(state, path, part)
+        state.install(model)
+        state.strengths[name] = scale
+        for path, part in parts.items():
+            place(state, path, part, name)
+        for patch in patches:
+            change(state, patch, name)
+        state.check_strengths(state.strengths)
+        state.write()
+    except ValueError:
+        state.reserve = reserve
+        if name in state.strengths:
+            unload_lora(model, name if len(state.strengths) > 1 else None)
+        raise
     layers = {path: _described(part) for path, part in parts.items()}
     return LoadReport(name, layers, tuple(p.path for p in patches), contents.unknown, contents.text_encoder)
 
@@ -184,7 +179,7 @@ def unload_lora(model: nn.Module, name: str | None = None) -> None:
     if name is None:
         state.reserve = None
     for one in [name] if name else list(state.strengths):
-        _remove(state, one)
+        remove(state, one)
     if name is None or not (state.strengths or state.reserve):
         for path in list(state.layers):
             state.restore(path)
@@ -216,7 +211,7 @@ def _refuse_merged(state: State, call: str) -> None:
         raise ValueError(f"{call}: adapters are merged into the weights, unmerge_lora(model) first")
 
 
-def _parts(state: State, records, patches) -> tuple[dict[str, _Part], list[Patch]]:
+def _parts(state: State, records, patches) -> tuple[dict[str, Part], list[Patch]]:
     """Adapters by layer, and changes of parameters; so are those of convolutions and the like."""
     layers, found, changes = modules(state.model), {}, []
     for record in _joined(records):
@@ -277,7 +272,7 @@ def _joined(records: Sequence[Record]) -> list[Record]:
     return list(found.values())
 
 
-def _part(record: Record, layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> _Part:
+def _part(record: Record, layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Part:
     item, extra = record.item, None
     if isinstance(item, TimestepLoRA):
         item = item.factors_at(torch.ones_like(item.columns))
@@ -290,105 +285,11 @@ def _part(record: Record, layer: nn.Module, weight: Tensor | None, bias: Tensor 
     elif record.bias is not None or extra is None:
         none = record.bias.new_zeros(0, layer.in_features), record.bias.new_zeros(layer.out_features, 0)
         item = Factors(*none, bias=record.bias)
-    return _Part(item, extra, record)
+    return Part(item, extra, record)
 
 
-def _described(part: _Part) -> str:
+def _described(part: Part) -> str:
     item = part.record.item
     if isinstance(item, Factors):
         return f"rank {part.rank}"
     return "bias" if item is None else type(item).__name__
-
-
-def _free(layer: Layer, rank: int) -> int | None:
-    ranks = layer.layer.ranks
-    return next((i for i, n in enumerate(layer.slots) if n is None and ranks[i] >= rank), None)
-
-
-def _check_room(state: State, path: str, part: _Part) -> None:
-    layer, reserve = state.layers.get(path), state.reserve
-    if reserve is None:
-        return
-    if layer is None:
-        if reserve[1] is not None and part.rank > reserve[1]:
-            raise ValueError(
-                f"load_lora: rank of {path} must be at most max_rank {reserve[1]}, got {part.rank}"
-            )
-    elif None not in layer.slots:
-        raise ValueError(
-            f"load_lora: a free slot of {path} required, all {len(layer.slots)} are taken by "
-            f"{', '.join(map(str, layer.slots))}"
-        )
-    elif _free(layer, part.rank) is None:
-        ranks = [r for n, r in zip(layer.slots, layer.layer.ranks, strict=True) if n is None]
-        raise ValueError(
-            f"load_lora: rank of {path} must be at most {max(ranks)}, its slot's, got {part.rank}"
-        )
-
-
-def _place(state: State, path: str, part: _Part, name: str) -> None:
-    layer = state.layers.get(path)
-    if layer is None:
-        original = modules(state.model)[path]
-        count, rank = state.reserve or (1, None)
-        wrapped = LoRALinear(original, [part.rank if rank is None else rank] * count)
-        layer = state.layers[path] = Layer(wrapped, original, [None] * count)
-        state.put(path, wrapped)
-    if part.record.inputs is not None and part.record.inputs > layer.layer.in_features:
-        _widen(state, path, layer, part.record.inputs)
-    slot = _free(layer, part.rank)
-    if slot is None:
-        slot = layer.layer.add_slot(part.rank)
-        layer.slots.append(None)
-    layer.slots[slot] = name
-    if part.factors is not None:
-        missing = layer.layer.in_features - part.factors.down.shape[1]
-        down = nn.functional.pad(part.factors.down, (0, missing))
-        layer.layer.load(slot, replace(part.factors, down=down))
-    if part.extra is not None:
-        layer.layer.load_extra(slot, part.extra)
-    if isinstance(part.record.item, TimestepLoRA):
-        layer.timed[name] = part.record.item.to(layer.layer.unit.device)
-        write_columns(layer.layer, layer.layer.columns(slot).start, layer.layer.unit.new_zeros(part.rank))
-
-
-def _widen(state: State, path: str, layer: Layer, inputs: int) -> None:
-    """The layer with more inputs, whose weights are zero (control LoRAs read more channels)."""
-    base = layer.layer.base
-    wide = nn.Linear(
-        inputs, base.out_features, bias=False, device=base.weight.device, dtype=base.weight.dtype
-    )
-    wide.weight.zero_()
-    wide.weight[:, : base.in_features] = base.weight
-    wide.weight.requires_grad_(base.weight.requires_grad)
-    wide.bias, wide.before_widening = base.bias, base.in_features
-    layer.layer.widen(wide)
-    config = getattr(state.model, "config", {})
-    if hasattr(state.model, "register_to_config") and config.get("in_channels") == base.in_features:
-        state.config.setdefault("in_channels", base.in_features)
-        state.model.register_to_config(in_channels=inputs)
-
-
-def _patch(state: State, patch: Patch, name: str) -> None:
-    path, _, parameter = patch.path.rpartition(".")
-    if patch.path not in state.patched:
-        module = modules(state.model)[path]
-        original = module._parameters[parameter].detach().clone()
-        state.patched[patch.path] = Patched(module, parameter, original)
-    state.patched[patch.path].patches[name] = patch
-
-
-def _remove(state: State, name: str) -> None:
-    for path, layer in list(state.layers.items()):
-        slot = layer.slot_of(name)
-        if slot is not None:
-            layer.layer.clear(slot)
-            layer.slots[slot] = None
-            layer.timed.pop(name, None)
-        if not any(layer.slots) and not state.reserve:
-            state.restore(path)
-    for path, patched in list(state.patched.items()):
-        if patched.patches.pop(name, None) is not None and not patched.patches:
-            patched.write({})
-            del state.patched[path]
-    del state.strengths[name]

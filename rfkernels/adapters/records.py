@@ -78,7 +78,7 @@ class _Module:
         self.alpha = None if alpha is None else float(alpha)
         self.sizes = [_rows(names, path) for path in targets[0].parts or (targets[0].path,)]
 
-    def low_rank(self) -> Iterator[Record]:
+    def low_rank(self) -> Iterator[Record | Patch]:
         if not {"down", "up"} <= self.left.keys():
             return
         down, up = self._take("down"), self._take("up")
@@ -90,18 +90,41 @@ class _Module:
                 f"and {self._key('up')} {list(up.shape)}"
             )
         scale = self.alphas.scale(bare(self.group.stem), len(down), self.alpha)
-        magnitude = next((r for r in ("lora_magnitude_vector", "dora_scale") if r in self.left), None)
+        magnitude = self._magnitude(self.left)
         m, reshaped = self._take(magnitude), self._take("reshape_weight")
-        bias, added = None if up_bias is None else scale * wide(up_bias), self._take("diff_b")
         for target, (a, b) in zip(self.targets, self._split(down, up), strict=True):
-            parts = [
-                self._own(t, target, r) for t, r in ((bias, "up_bias"), (added, "diff_b")) if t is not None
-            ]
             layer = self.names.modules[target.path]
-            own = None if m is None else m if m.shape[0] == 1 else self._own(m, target, magnitude)
-            item = _low_rank(layer, a, b, scale, mid, magnitude, own)
+            own = {} if m is None else {magnitude: m if m.shape[0] == 1 else self._own(m, target, magnitude)}
+            item = self._low_rank_of(layer, a, b, scale, mid, own)
             inputs = self._inputs(target, layer, a, b, reshaped, item)
-            yield Record(target.path, item, sum(parts) if parts else None, inputs)
+            bias = None if up_bias is None else scale * wide(self._own(up_bias, target, "up_bias"))
+            if bias is None or hasattr(layer, "in_features"):
+                yield Record(target.path, item, self._checked_bias(bias, layer, "up_bias"), inputs)
+            else:
+                yield Record(target.path, item)
+                yield Patch(f"{target.path}.bias", self._checked(bias, f"{target.path}.bias", "up_bias"))
+
+    def _low_rank_of(self, layer, down, up, scale, mid, magnitude) -> Factors | Adapter:
+        alpha = scale * len(down)
+        if hasattr(layer, "in_features") and mid is None:
+            down, up = down.flatten(1), up.flatten(1)
+            if not magnitude:
+                return Factors(down, up, scale)
+            return self._made(DoRA, {"lora_A.weight": down, "lora_B.weight": up, **magnitude}, alpha=alpha)
+        mid = {} if mid is None else {"lora_mid.weight": mid}
+        return self._made(
+            LoRA, {"lora_down.weight": down, "lora_up.weight": up, **mid, **magnitude}, alpha=alpha
+        )
+
+    def _magnitude(self, found: dict[str, Tensor]) -> str | None:
+        """The role of DoRA's magnitude. One per input is a norm over all rows: parts have none."""
+        role = next((r for r in ("lora_magnitude_vector", "dora_scale") if r in found), None)
+        if role is not None and found[role].shape[0] == 1 and len(self.sizes) > 1:
+            raise ValueError(
+                f"load_lora: {self._key(role)} must be one number per output, since the model has the layer "
+                f"in {len(self.sizes)} parts, got {list(found[role].shape)}"
+            )
+        return role
 
     def timed(self) -> Iterator[Record]:
         """Experts per time, of our own names (adapters/timestep.py)."""
@@ -135,8 +158,8 @@ class _Module:
         whole = len(self.sizes) == 1 and not target.swap
         own = dict(found)
         if not whole:
-            splits = ("hada_w1_a", "hada_w2_a", *(["dora_scale"] if _per_output(found) else []))
-            own |= {r: self._own(found[r], target, r) for r in splits if r in found}
+            split = [r for r in ("hada_w1_a", "hada_w2_a", self._magnitude(found)) if r in found]
+            own |= {r: self._own(found[r], target, r) for r in split}
         adapter = self._made(family, own, **hyper)
         layer = self.names.modules[target.path]
         if whole or any(r.startswith("hada_") for r in found):
@@ -164,7 +187,7 @@ class _Module:
                 own = self._own(value, target, role)
                 layer = self.names.modules.get(target.path)
                 if role == "diff_b" and hasattr(layer, "in_features"):
-                    yield Record(target.path, None, self._checked_rows(own, layer, role))
+                    yield Record(target.path, None, self._checked_bias(own, layer, role))
                     continue
                 path = target.path if layer is None else f"{target.path}.{parameter}"
                 yield Patch(path, self._checked(own, path, role), role == "set_weight")
@@ -244,27 +267,11 @@ class _Module:
             )
         return value.reshape(shape)
 
-    def _checked_rows(self, value: Tensor, layer: nn.Module, role: str) -> Tensor:
-        if value.shape != (layer.out_features,):
-            raise ValueError(
-                f"load_lora: {self._key(role)} must be [{layer.out_features}], got {list(value.shape)}"
-            )
+    def _checked_bias(self, value: Tensor | None, layer: nn.Module, role: str) -> Tensor | None:
+        if value is not None and value.shape != (layer.out_features,):
+            required, got = [layer.out_features], list(value.shape)
+            raise ValueError(f"load_lora: {self._key(role)} must be {required}, got {got}")
         return value
-
-
-def _low_rank(layer, down, up, scale, mid, magnitude, own) -> Factors | Adapter:
-    alpha = scale * len(down)
-    if hasattr(layer, "in_features") and mid is None:
-        down, up = down.flatten(1), up.flatten(1)
-        if magnitude is None:
-            return Factors(down, up, scale)
-        return DoRA({"lora_A.weight": down, "lora_B.weight": up, magnitude: own}, alpha=alpha)
-    tensors = {"lora_down.weight": down, "lora_up.weight": up}
-    return LoRA(tensors if mid is None else {**tensors, "lora_mid.weight": mid}, alpha=alpha)
-
-
-def _per_output(found: dict[str, Tensor]) -> bool:
-    return "dora_scale" in found and found["dora_scale"].shape[0] != 1
 
 
 def _size(layer: nn.Module) -> int:

@@ -252,3 +252,23 @@ def test_old_diffusers_processors():
         },
     )
     assert list(report.layers) == ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0"]
+
+
+def test_bias_of_a_convolution():
+    """A convolution's LoRA is merged into it, its biases too."""
+    model = model_of("wan")
+    before = modules_and_bits(model)
+    weight = model.patch_embedding.weight
+    a, b = randn(2, *weight.shape[1:], seed=0), randn(24, 2, 1, 1, 1, seed=1)
+    stem, bias, more = "diffusion_model.patch_embedding", randn(24, seed=2), randn(24, seed=3)
+    tensors = {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(1.0)}
+    tensors |= {f"{stem}.lora_B.bias": bias, f"{stem}.diff_b": more}
+    load_lora(model, tensors, 0.5)
+    delta = 0.5 * (b.flatten(1) @ a.flatten(1)).view(weight.shape)
+    torch.testing.assert_close(
+        weight, before[1]["patch_embedding.weight"] + 0.5 * delta, rtol=1e-12, atol=1e-12
+    )
+    wanted = before[1]["patch_embedding.bias"] + 0.5 * (0.5 * bias + more)
+    torch.testing.assert_close(model.patch_embedding.bias, wanted, rtol=1e-12, atol=1e-12)
+    unload_lora(model)
+    assert_untouched(model, before)

@@ -145,6 +145,9 @@ def test_rank_above_the_slot():
     with pytest.raises(ValueError, match="rank of fc1 must be at most max_rank 2, got 3"):
         load_lora(model, lora(1, rank=3), slots=1, max_rank=2)
     assert type(model.fc1) is nn.Linear
+    load_lora(model, lora(1, rank=3), name="grown")
+    unload_lora(model, "grown")  # nothing was reserved by the failure
+    assert type(model.fc1) is nn.Linear
     load_lora(model, lora(1, rank=2), slots=2)
     with pytest.raises(ValueError, match="rank of fc1 must be at most 2, its slot's, got 3"):
         load_lora(model, lora(1, rank=3))

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rfkernels.adapters.files import read_lora
-from rfkernels.adapters.load import load_lora, set_adapters, unload_lora
+from rfkernels.adapters.load import load_lora, loaded, set_adapters, unload_lora
 from rfkernels.adapters.merge import merge_lora, unmerge_lora
 from tests.adapters.dialects import assert_untouched, low_rank, modules_and_bits, randn
 from tests.adapters.models import model_of
@@ -95,6 +95,32 @@ def test_unknown_keys_are_listed():
     assert set(report.unknown) == {*strange, *lonely}
     assert set(report.text_encoder) == {*encoder}
     assert list(report.layers) == ["fc"]
+
+
+def test_magnitude_of_a_fused_layer():
+    """One per input is a norm over all rows of the fused layer, which its parts do not know."""
+    stem = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = pair(72, 24, name=stem) | {f"{stem}.dora_scale": torch.ones(1, 24)}
+    with pytest.raises(ValueError, match=r"dora_scale must be one number per output, since .* in 3 parts"):
+        load_lora(model_of("flux"), tensors)
+
+
+def test_failure_halfway():
+    """DoRA beside strengths per sample is refused when a slot is filled: layers before it are restored."""
+    model = nn.ModuleDict({"a": nn.Linear(8, 12), "b": nn.Linear(8, 12)}).requires_grad_(False)
+    before = modules_and_bits(model)
+    load_lora(model, pair(name="b"), name="one")
+    set_adapters(model, "one", torch.ones(3, 1))
+    y = model["b"](torch.ones(3, 8))
+    dora = pair(name="a") | pair(name="b") | {"b.lora_magnitude_vector": torch.ones(12)}
+    with pytest.raises(ValueError, match="strengths of DoRA must be one per slot"):
+        load_lora(model, dora, name="two")
+    assert loaded(model) == ["one"] and type(model["a"]) is nn.Linear
+    assert torch.equal(model["b"](torch.ones(3, 8)), y)
+    with pytest.raises(ValueError, match=r"strength of two must be one number, since it changes a\.weight"):
+        load_lora(model, {"a.diff": torch.ones(12, 8)}, torch.ones(3), "two")
+    unload_lora(model)
+    assert_untouched(model, before)
 
 
 def test_one_name_a_layer():
