@@ -186,7 +186,7 @@ class QWHA(Additive):
     def apply_spectrum(self, u: Tensor) -> Tensor:
         """(s / sqrt(out)) u F^T for u = wht(x) / n."""
         rows = u.reshape(-1, u.shape[-1])
-        if len(rows) <= _SPARSE_ROWS:
+        if len(rows) <= _SPARSE_ROWS and not torch.compiler.is_compiling():  # which has no sparse tensors
             values = self.spectrum.to(u.dtype)  # the places were checked at the start
             f = torch.sparse_coo_tensor(self.positions, values, self.shape, check_invariants=False)
             y = torch.sparse.mm(f, rows.T).T

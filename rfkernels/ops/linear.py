@@ -156,7 +156,7 @@ def _segments(name: str, table: Tensor, x: Tensor) -> Tensor:
     lead = (*[1] * (x.ndim - table.ndim), *table.shape[:-1])
     if len(lead) > x.ndim - 1 or any(a not in (1, b) for a, b in zip(lead, x.shape[:-1], strict=True)):
         raise ValueError(f"linear: {name} must be [*lead, n] for x {tuple(x.shape)}, got {tuple(table.shape)}")
-    varies = max((i + 1 for i, a in enumerate(lead) if a != 1), default=0)
+    varies = max([0, *(i + 1 for i, a in enumerate(lead) if a != 1)])
     return table.expand(*x.shape[:varies], *lead[varies:], table.shape[-1]).reshape(-1, table.shape[-1])
 
 
