@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfkernels.adapters.base import Adapter, Branch, wide
+from rfkernels.adapters.base import Adapter, Branch, Exact, wide
 from rfkernels.ops.linear import linear
 
-__all__ = ["PLACES", "Bottleneck", "ConformerAdapter", "ast_adapters", "stacked_branch"]
+__all__ = ["PLACES", "Bottleneck", "BottleneckStack", "ConformerAdapter", "ast_adapters"]
 
 PLACES = {"pfeiffer": ("FFN",), "houlsby": ("MHSA", "FFN")}  # the sub-layers of a block that have one
 _ACTIVATIONS = {
@@ -243,42 +243,56 @@ def ast_adapters(tensors: dict[str, Tensor], design: str = "pfeiffer", **hyper) 
     }
 
 
-def stacked_branch(adapters: Sequence[Bottleneck], ids: Tensor, x: Tensor) -> Branch:
-    """One branch for a batch whose samples have different adapters.
+class BottleneckStack(Exact):
+    """Several bottleneck adapters, of which each sample of a batch has its own or none.
 
     The hidden states of all lie side by side, those of others times zero. A column for each bias u comes
     from a zero row of D with the bias 1, divided by act(1).
 
     Args:
-        adapters: of one width and activation, without layer norm.
-        ids: `[batch]`, which adapter a sample has, -1 for none; on the device of x.
-        x: `[batch, ..., in]`.
+        adapters: of one width and activation, without layer norm; their numbers are copied.
     """
-    kinds = {(a.activation, a.layer_norm, *a.down.shape[1:], *a.up.shape[:1]) for a in adapters}
-    if len(kinds) != 1 or adapters[0].layer_norm != "none":
-        raise ValueError(
-            f"stacked_branch: one activation and shape, no layer norm required, got {sorted(kinds)}"
-        )
-    if ids.shape != x.shape[:1] or ids.is_floating_point():
-        raise ValueError(
-            f"stacked_branch: ids must be integers [{x.shape[0]}], got {ids.dtype} {list(ids.shape)}"
-        )
-    activation = adapters[0].activation
-    one = _ACTIVATIONS[activation](torch.ones((), dtype=torch.float64)).item()
-    downs, biases, ups, owners, scales = [], [], [], [], []
-    for i, a in enumerate(adapters):
-        d, u = a.down, a.up
-        zero_d, zero_u = d.new_zeros(len(d)), u.new_zeros(len(u))
-        downs += [d, d.new_zeros(1, d.shape[1])]
-        biases += [zero_d if a.down_bias is None else a.down_bias, d.new_ones(1)]
-        ups += [u, (zero_u if a.up_bias is None else a.up_bias)[:, None] / one]
-        owners += [i] * (len(d) + 1)
-        scales += [a.strength] * (len(d) + 1)
-    dtype = wide(x).dtype
-    owner = torch.tensor(owners, device=x.device)
-    gate = (ids[:, None] == owner) * torch.tensor(scales, dtype=dtype, device=x.device)
-    gate = gate.view(len(x), *[1] * (x.ndim - 2), -1)
-    return _squeeze(x, torch.cat(downs), torch.cat(biases), activation, gate), torch.cat(ups, 1), None
+
+    exact = ("scale",)
+
+    def __init__(self, adapters: Sequence[Bottleneck]):
+        super().__init__()
+        kinds = {(a.activation, a.layer_norm, *a.down.shape[1:], *a.up.shape[:1]) for a in adapters}
+        if len(kinds) != 1 or adapters[0].layer_norm != "none":
+            raise ValueError(
+                f"BottleneckStack: one activation and shape, no layer norm required, got {sorted(kinds)}"
+            )
+        self.activation = adapters[0].activation
+        one = _ACTIVATIONS[self.activation](torch.ones((), dtype=torch.float64)).item()
+        downs, biases, ups, owners, scales = [], [], [], [], []
+        for i, a in enumerate(adapters):
+            d, u = a.down.detach(), a.up.detach()
+            downs += [d, d.new_zeros(1, d.shape[1])]
+            biases += [d.new_zeros(len(d)) if a.down_bias is None else a.down_bias.detach(), d.new_ones(1)]
+            ups += [u, (u.new_zeros(len(u)) if a.up_bias is None else a.up_bias.detach())[:, None] / one]
+            owners += [i] * (len(d) + 1)
+            scales += [a.strength] * (len(d) + 1)
+        device = adapters[0].down.device
+        self.register_buffer("down", torch.cat(downs))
+        self.register_buffer("bias", torch.cat(biases))
+        self.register_buffer("up", torch.cat(ups, 1))
+        self.register_buffer("owner", torch.tensor(owners, device=device))
+        self.register_buffer("scale", torch.tensor(scales, dtype=torch.float64, device=device))
+
+    def branch(self, x: Tensor, ids: Tensor) -> Branch:
+        """(hidden `[*lead, sum_i (r_i + 1)]`, up, None), for `base.run`.
+
+        Args:
+            x: `[batch, ..., in]`.
+            ids: `[batch]`, which adapter a sample has, -1 for none; on the device of x.
+        """
+        if ids.shape != x.shape[:1] or ids.is_floating_point():
+            raise ValueError(
+                f"BottleneckStack: ids must be integers [{len(x)}], got {ids.dtype} {list(ids.shape)}"
+            )
+        gate = (ids[:, None] == self.owner) * self.scale.to(wide(x).dtype)
+        gate = gate.view(len(x), *[1] * (x.ndim - 2), -1)
+        return _squeeze(x, self.down, self.bias, self.activation, gate), self.up, None
 
 
 def _squeeze(x: Tensor, down: Tensor, bias: Tensor | None, activation: str, scale: float | Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def retrieve(
 
     Args:
         predict: logits of the batch with the adapters of ids `[batch]`; without adapters for None. One
-            call serves all ids, see `bottleneck.stacked_branch`.
+            call serves all ids, see `bottleneck.BottleneckStack`.
         task_of: `[classes]`, the task that a class belongs to.
         rounds: at most so many predictions with adapters.
     """

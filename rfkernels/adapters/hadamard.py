@@ -82,7 +82,7 @@ def _transform(x: Tensor, block: Tensor | None, transpose: bool) -> Tensor:
     n = x.shape[-1]
     order, bits = hadamard_split(n)
     if block is None:
-        block = hadamard_block(order)
+        block = _cached(order, x)
     elif block.shape != (order, order):
         raise ValueError(
             f"Hadamard: block must be [{order}, {order}] for length {n}, got {list(block.shape)}"
@@ -90,8 +90,7 @@ def _transform(x: Tensor, block: Tensor | None, transpose: bool) -> Tensor:
     y, stride = x.reshape(-1, n), 1
     while bits:  # dense factors of up to 64: 12 butterfly passes over 4096 become two small products
         step = min(bits, 6)
-        factor = _sylvester(step).to(y)
-        y = _along(y, factor, stride)
+        y = _along(y, _cached(1 << step, y), stride)
         stride, bits = stride << step, bits - step
     if order > 1:
         y = _along(y, (block.T if transpose else block).to(y), stride)
@@ -106,11 +105,19 @@ def _along(rows: Tensor, matrix: Tensor, stride: int) -> Tensor:
     return (matrix @ rows.reshape(-1, len(matrix), stride)).reshape(-1, n)
 
 
-def _sylvester(bits: int) -> Tensor:
-    h = hadamard_block(1)
-    for _ in range(bits):
-        h = torch.kron(hadamard_block(2), h)
-    return h
+_matrices: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _cached(order: int, like: Tensor) -> Tensor:
+    """H of order 2^m or kappa on the device: made once, so that a call copies nothing from the host."""
+    key = order, like.dtype, like.device
+    if key not in _matrices:
+        with torch.inference_mode(False):
+            h = hadamard_block(order if order & (order - 1) else 1)
+            for _ in range(0 if order & (order - 1) else order.bit_length() - 1):
+                h = torch.kron(hadamard_block(2), h)
+            _matrices[key] = h.to(like.device, like.dtype)
+    return _matrices[key]
 
 
 def _jacobsthal(q: int) -> Tensor:
@@ -142,6 +149,7 @@ class QWHA(Additive):
         self.required = tuple(self._file_names.values())
         super().__init__(tensors)
         self.shape, self.block = tuple(shape), block
+        self.scale = float(self._of("scaling")) / math.sqrt(shape[0])
         order, _ = hadamard_split(shape[1])
         if block is None:
             hadamard_block(order)  # refuses now what it cannot build
@@ -162,11 +170,6 @@ class QWHA(Additive):
     def spectrum(self) -> Tensor:
         return self._of("spectrum")
 
-    @property
-    def scale(self) -> float:
-        """s / sqrt(out)."""
-        return float(self._of("scaling")) / math.sqrt(self.shape[0])
-
     def dense_spectrum(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """F, `[out, in]`."""
         values = self.spectrum.to(dtype)
@@ -183,7 +186,7 @@ class QWHA(Additive):
     def apply_spectrum(self, u: Tensor) -> Tensor:
         """(s / sqrt(out)) u F^T for u = wht(x) / n."""
         rows = u.reshape(-1, u.shape[-1])
-        if len(rows) <= _SPARSE_ROWS:
+        if len(rows) <= _SPARSE_ROWS and not torch.compiler.is_compiling():  # which has no sparse tensors
             values = self.spectrum.to(u.dtype)  # the places were checked at the start
             f = torch.sparse_coo_tensor(self.positions, values, self.shape, check_invariants=False)
             y = torch.sparse.mm(f, rows.T).T

@@ -54,6 +54,7 @@ class MoLA(Additive):
     """
 
     kind = "MoLA"
+    exact = ("columns",)
 
     def __init__(self, tensors: dict[str, Tensor], alpha: float | None = None, k: int = 2):
         experts: dict[str, dict[int, str]] = {"A": {}, "B": {}}
@@ -80,7 +81,12 @@ class MoLA(Additive):
         self._router = routers[0]
         self.k = k
         self.ranks = [len(self.tensor(n)) for n in self._downs]
-        self.scales = [1.0 if alpha is None else alpha / r for r in self.ranks]
+        scales = [1.0 if alpha is None else alpha / r for r in self.ranks]
+        owner = [e for e, r in enumerate(self.ranks) for _ in range(r)]
+        self.register_buffer("owner", torch.tensor(owner, device=self.router.device), persistent=False)
+        self.register_buffer(
+            "columns", torch.tensor(scales, dtype=torch.float64)[owner].to(self.router.device), False
+        )
         if len(self.router) != count or not 1 <= k <= count:
             raise ValueError(
                 f"MoLA: a router [{count}, in] and k of 1 .. {count} required, got "
@@ -98,8 +104,7 @@ class MoLA(Additive):
     def branch(self, x: Tensor) -> Branch:
         """(hidden `[*lead, E r]` gated per token, all B side by side, None), for `base.run`."""
         gates = self.gates(x)
-        scale = gates * torch.tensor(self.scales, dtype=gates.dtype, device=gates.device)
-        scale = scale.repeat_interleave(torch.tensor(self.ranks, device=gates.device), -1)
+        scale = gates[..., self.owner] * self.columns.to(gates.dtype)
         down = torch.cat([self.tensor(n) for n in self._downs])
         return shrink(x, down, scale), torch.cat([self.tensor(n) for n in self._ups], 1), None
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rfkernels.adapters.base import run
-from rfkernels.adapters.bottleneck import Bottleneck, ConformerAdapter, ast_adapters, stacked_branch
+from rfkernels.adapters.bottleneck import Bottleneck, BottleneckStack, ConformerAdapter, ast_adapters
 from tests.adapters.layers import Running, check_round_trip, close, layer, randn
 
 WIDTH, HIDDEN, RANK = 12, 20, 3
@@ -95,7 +95,7 @@ def test_a_batch_of_adapters_is_the_loop(activation):
     ]
     ids = torch.tensor([2, 0, -1, 1, 0])
     expected = torch.stack([base(s) if i < 0 else adapters[i](s, base) for s, i in zip(x, ids, strict=True)])
-    close(run(base, x, stacked_branch(adapters, ids, x)), expected)
+    close(run(base, x, BottleneckStack(adapters).branch(x, ids)), expected)
 
 
 def test_gradients_are_those_of_plain_torch():
@@ -211,17 +211,7 @@ def test_bottleneck_round_trip(names):
             r"width r = 4 has .* got \[8, 12, 1\] and \[12, 3, 1\]",
         ),
         (
-            lambda: stacked_branch(
-                [Bottleneck(tensors())], torch.zeros(3, dtype=torch.int64), randn(5, 7, WIDTH)
-            ),
-            r"ids must be integers \[5\], got torch.int64 \[3\]",
-        ),
-        (
-            lambda: stacked_branch(
-                [Bottleneck(tensors()), Bottleneck(tensors(), "gelu")],
-                torch.zeros(5, dtype=torch.int64),
-                randn(5, 7, WIDTH),
-            ),
+            lambda: BottleneckStack([Bottleneck(tensors()), Bottleneck(tensors(), "gelu")]),
             "one activation and shape",
         ),
     ],

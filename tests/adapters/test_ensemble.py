@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rfkernels.adapters.bottleneck import Bottleneck, stacked_branch
+from rfkernels.adapters.bottleneck import Bottleneck, BottleneckStack
 from rfkernels.adapters.ensemble import Arena, MomentumPair, max_ensemble, merge_earlier, retrieve
 from rfkernels.adapters.lora import LoRA
 from tests.adapters.layers import close, layer, randn
@@ -56,7 +56,7 @@ def test_both_adapters_run_as_one_doubled_batch():
     with torch.no_grad():
         pair.online_arena.flat.add_(1.0)
     both = [pair.online[0], pair.offline[0]]
-    hidden, up, _ = stacked_branch(both, torch.tensor([0, 0, 1, 1]), torch.cat([x, x]))
+    hidden, up, _ = BottleneckStack(both).branch(torch.cat([x, x]), torch.tensor([0, 0, 1, 1]))
     y = base(torch.cat([x, x])) + hidden @ up.T
     close(y, torch.cat([a(x, base) for a in both]))
 

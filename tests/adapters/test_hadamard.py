@@ -34,15 +34,26 @@ def test_blocks_are_hadamard_matrices(order):
 
 
 @pytest.mark.parametrize(
-    "order, row",
-    [  # second rows of Sloane's had.12, had.20.pal, had.28.pal2: QWHA's files rely on this order
-        (12, "++-+---+++-+"),
-        (20, "++-++----+-+-++++--+"),
-        (28, "+++-++----++-++-+-++----++-+"),
+    "order, index, row",
+    [  # rows of the tables of QWHA's code, whose order its files rely on
+        (12, 1, "++-+---+++-+"),
+        (20, 1, "++-++----+-+-++++--+"),
+        (28, 15, "+-+-++----++-+---+--++++--+-"),
+        (36, 19, "+-++-+---++---+-++----+-+++--+++-+--"),
+        (40, 21, "++-++----+-+-++++--+--+--++++-+-+----++-"),
+        (60, 1, "++-+---+-+-++-++---+----++-----+++++--++++-+++--+--+-+-+++-+"),
+        (
+            108,
+            2,
+            "+++-+--++++------+-++-+++-+-+-+--++-----+----+-++---++"
+            "--++--+++--+-++++-+++++--++-+-+-+---+--+-++++++----++-",
+        ),
     ],
 )
-def test_blocks_are_those_of_the_library(order, row):
-    assert "".join("+" if v > 0 else "-" for v in hadamard_block(order)[1]) == row
+def test_blocks_are_those_of_qwha(order, index, row):
+    h = hadamard_block(order)
+    assert "".join("+" if v > 0 else "-" for v in h[index]) == row
+    assert h[0].tolist().count(-1) == {12: 11, 20: 19, 28: 1, 36: 1, 40: 38, 60: 59, 108: 107}[order]
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 64, 128, 4096, 12, 24, 112, 72, 40, 60, 80, 2560, 108, 280])
@@ -149,6 +160,21 @@ def test_start_repairs_what_quantisation_lost():
     left = weight - quantized - adapter.delta_weight(torch.float64)
     inner = wht(left @ gram) / 48
     assert inner[tuple(adapter.positions)].abs().max() < 1e-9 * gram.abs().max()
+
+
+def test_start_keeps_the_frequencies_of_largest_effect():
+    weight, quantized, inputs = problem()
+    adapter = qwha_init(weight, quantized, inputs, rank=3)
+    gram = inputs.T @ inputs
+    gram.diagonal().add_(1e-4 * gram.diagonal().mean())
+    images = torch.linalg.cholesky(gram).T @ dense(48).T / 48  # column j: what frequency j adds to the output
+    effect = images.square().sum(0) * wht(weight - quantized).square()
+    kept = torch.zeros(OUT, 48, dtype=torch.bool)
+    kept[tuple(adapter.positions)] = True
+    for row, mask in zip(effect, kept, strict=True):
+        assert row[mask].min() >= row[~mask].max()
+    counts = allocate(wht(weight - quantized).norm(dim=1), 3 * (48 + OUT), 48)
+    assert torch.equal(kept.sum(1), counts) and len(counts.unique()) > 1
 
 
 def test_a_full_budget_restores_the_weight():
