@@ -10,7 +10,8 @@ __all__ = ["quantize_svdq", "truncated_svd"]
 
 _DENSE = 1024  # up to here a full SVD
 _SIGMAS = 4  # of a channel of tokens, in its largest magnitude
-_ROWS = 512  # evenly spaced, that choose the smoothing
+_ROWS = 256  # evenly spaced, that choose the smoothing
+_CHUNK = 1 << 19  # numbers that are quantised at a time
 _ALPHAS = (None, *(i / 10 for i in range(11)))
 
 
@@ -60,11 +61,13 @@ def quantize_svdq(
         weight uint8 `[out, in / 2]`, weight_scale `[out, in / group]`, smooth λ `[in]`, proj_up U
         `[out, rank]`, proj_down D `[rank, in]`, for x and not x / λ.
     """
-    wide, dtype = weight.double(), weight.dtype
-    top = torch.ones_like(wide[0]) * _SIGMAS if input_max is None else input_max.to(wide)
-    some = wide[:: -(-len(wide) // _ROWS)]
-    smooth = min(_candidates(wide, top), key=lambda s: _error(some * s, s, top, group, dtype)).to(dtype)
-    scaled = wide * smooth
+    scaled, dtype = weight.to(torch.float64, copy=True), weight.dtype
+    top = torch.ones_like(scaled[0]) * _SIGMAS if input_max is None else input_max.to(scaled)
+    some = weight[:: -(-len(weight) // _ROWS)].float()
+    smooth = min(_candidates(scaled, top), key=lambda s: _error(some * s.float(), s, top, group, dtype)).to(
+        dtype
+    )
+    scaled *= smooth
     best, least = _split(scaled, scaled, rank, group, dtype), None
     for _ in range(iterations):
         if least is None:
@@ -80,7 +83,8 @@ def quantize_svdq(
 
 
 def _candidates(weight: Tensor, top: Tensor) -> list[Tensor]:
-    columns, found = weight.abs().amax(0), []
+    low, high = weight.aminmax(dim=0)
+    columns, found = torch.maximum(-low, high), []
     for alpha in _ALPHAS:
         smooth = torch.ones_like(top) if alpha is None else top**alpha / columns ** (1 - alpha)
         smooth = torch.where(smooth.isfinite() & (smooth > 0), smooth, 1)
@@ -91,8 +95,7 @@ def _candidates(weight: Tensor, top: Tensor) -> list[Tensor]:
 def _error(scaled: Tensor, smooth: Tensor, top: Tensor, group: int, dtype: torch.dtype) -> float:
     """Expected squared error of the output when all of `scaled` is stored in four bits."""
     codes, scale, _ = quantize_int4(scaled, group, scale_dtype=dtype)
-    stored = dequantize_weight(codes, scale, dtype=torch.float64)
-    return _expected(stored - scaled, scaled, smooth, top)
+    return _expected(dequantize_weight(codes, scale) - scaled, scaled, smooth, top)
 
 
 def _expected(wrong: Tensor, scaled: Tensor, smooth: Tensor, top: Tensor) -> float:
@@ -104,7 +107,10 @@ def _expected(wrong: Tensor, scaled: Tensor, smooth: Tensor, top: Tensor) -> flo
 
 def _split(scaled: Tensor, target: Tensor, rank: int, group: int, dtype: torch.dtype) -> dict[str, Tensor]:
     up, down = truncated_svd(target, rank)
-    codes, scale, _ = quantize_int4(scaled - up @ down, group, scale_dtype=dtype)
+    count = max(1, _CHUNK // scaled.shape[1])
+    pieces = zip(scaled.split(count), up.split(count), strict=True)
+    parts = [quantize_int4(rows - u @ down, group, scale_dtype=dtype)[:2] for rows, u in pieces]
+    codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
     return {"weight": codes, "weight_scale": scale, "proj_down": down, "proj_up": up}
 
 
