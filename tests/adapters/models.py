@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rfkernels.adapters.names import Names
+from tests.adapters.layers import randn
 
 SIZES = {
     "flux": {
@@ -210,3 +211,34 @@ def original(model: nn.Module) -> dict[str, Tensor]:
             norm = alias.endswith(("query_norm", "key_norm"))
             result[f"{alias}.{'scale' if norm else suffix}"] = whole
     return result | {name.replace("pos_embed.pos_embed", "pos_embed"): t for name, t in state.items()}
+
+
+INPUTS = {
+    "flux": lambda: {
+        "hidden_states": randn(2, 6, 8, seed=1),
+        "encoder_hidden_states": randn(2, 5, 10, seed=2),
+        "pooled_projections": randn(2, 14, seed=3),
+        "timestep": torch.tensor([0.3, 0.8], dtype=torch.float64),
+        "guidance": torch.tensor([3.0, 3.0], dtype=torch.float64),
+        "img_ids": torch.arange(18).view(6, 3),
+        "txt_ids": torch.zeros(5, 3, dtype=torch.int64),
+    },
+    "sd3": lambda: {
+        "hidden_states": randn(2, 4, 8, 8, seed=1),
+        "encoder_hidden_states": randn(2, 5, 10, seed=2),
+        "pooled_projections": randn(2, 14, seed=3),
+        "timestep": torch.tensor([300.0, 800.0], dtype=torch.float64),
+    },
+    "wan": lambda: {
+        "hidden_states": randn(2, 4, 2, 8, 8, seed=1),
+        "encoder_hidden_states": randn(2, 5, 10, seed=2),
+        "encoder_hidden_states_image": randn(2, 3, 14, seed=3),
+        "timestep": torch.tensor([300, 800]),
+    },
+}
+
+
+def run(model: nn.Module, family: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in INPUTS[family]().items()}
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]

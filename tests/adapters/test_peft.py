@@ -9,7 +9,7 @@ from torch import nn
 from rfkernels.adapters.load import load_lora, set_adapters, unload_lora
 from rfkernels.adapters.merge import merge_lora
 from tests.adapters.dialects import assert_untouched, low_rank, modules_and_bits, randn
-from tests.adapters.models import model_of
+from tests.adapters.models import INPUTS, model_of, run
 
 peft = pytest.importorskip("peft")
 
@@ -87,36 +87,6 @@ def test_several_of_peft(tmp_path):
     set_adapters(net, "two")
     theirs.base_model.set_adapter("two")
     close(net(x), theirs(x))
-
-
-INPUTS = {
-    "flux": lambda: {
-        "hidden_states": randn(2, 6, 8, seed=1),
-        "encoder_hidden_states": randn(2, 5, 10, seed=2),
-        "pooled_projections": randn(2, 14, seed=3),
-        "timestep": torch.tensor([0.3, 0.8], dtype=torch.float64),
-        "guidance": torch.tensor([3.0, 3.0], dtype=torch.float64),
-        "img_ids": torch.arange(18.0).view(6, 3),
-        "txt_ids": torch.zeros(5, 3),
-    },
-    "sd3": lambda: {
-        "hidden_states": randn(2, 4, 8, 8, seed=1),
-        "encoder_hidden_states": randn(2, 5, 10, seed=2),
-        "pooled_projections": randn(2, 14, seed=3),
-        "timestep": torch.tensor([300.0, 800.0], dtype=torch.float64),
-    },
-    "wan": lambda: {
-        "hidden_states": randn(2, 4, 2, 8, 8, seed=1),
-        "encoder_hidden_states": randn(2, 5, 10, seed=2),
-        "encoder_hidden_states_image": randn(2, 3, 14, seed=3),
-        "timestep": torch.tensor([300, 800]),
-    },
-}
-
-
-def run(model: nn.Module, family: str) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**INPUTS[family](), return_dict=False)[0]
 
 
 @pytest.mark.parametrize("family", INPUTS)

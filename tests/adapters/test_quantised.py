@@ -9,7 +9,9 @@ from torch import nn
 from rfkernels.adapters.load import load_lora, set_adapters, unload_lora
 from rfkernels.adapters.merge import merge_lora, unmerge_lora
 from rfkernels.nn import LoRALinear, QuantLinear
-from tests.adapters.dialects import assert_untouched, modules_and_bits, randn
+from rfkernels.quantization.model import quantize
+from tests.adapters.dialects import assert_untouched, low_rank, modules_and_bits, randn
+from tests.adapters.models import model_of, run
 
 FORMATS = {
     "int8": {},
@@ -124,3 +126,26 @@ def test_dora_and_differences_beside_codes():
     assert_untouched(model, before)
     with pytest.raises(ValueError, match=r"fc\.weight must be a parameter to be replaced"):
         load_lora(model, {"fc.set_weight": diff})
+
+
+@pytest.mark.parametrize(("format", "tolerance"), [("int8", 3e-2), ("w4a16", 1e-5)])
+def test_whole_model(format, tolerance):
+    """quantize, then a file in the original names: FLUX with the dequantised weights and the same LoRA."""
+    model, reference = model_of("flux", dtype=torch.float32), model_of("flux")
+    options = {"group": 8} if format == "w4a16" else {}
+    quantize(model, format, keep=(), modulation=format, min_size=0, **options)
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            reference.get_submodule(path).weight.copy_(layer.dequantized())
+    before, plain = modules_and_bits(model), run(model, "flux", torch.float32)
+    tensors, _ = low_rank(reference, "kohya")
+    for loaded in (model, reference):
+        report = load_lora(loaded, tensors, 5.0)
+    assert sum(isinstance(model.get_submodule(p).base, QuantLinear) for p in report.layers) > 20
+    wanted = run(reference, "flux")
+    error = (run(model, "flux", torch.float32) - wanted).norm() / wanted.norm()
+    assert error < tolerance < (plain - wanted).norm() / wanted.norm()
+    set_adapters(model, "adapter_0", 0.0)
+    torch.testing.assert_close(run(model, "flux", torch.float32), plain, rtol=1e-5, atol=1e-5)
+    unload_lora(model)
+    assert_untouched(model, before)
