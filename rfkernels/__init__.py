@@ -13,19 +13,37 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rfkernels import models, ops, samplers
+    from rfkernels import formats, models, nn, ops, samplers
     from rfkernels.diagnosis import explain
+    from rfkernels.formats.native import load_quantized, save_quantized
     from rfkernels.pipeline import Pipeline, generate
+    from rfkernels.quantization.model import quantize
 
     __version__: str
 
-__all__ = ["Pipeline", "__version__", "explain", "generate", "models", "ops", "samplers"]
+__all__ = [
+    "Pipeline",
+    "__version__",
+    "explain",
+    "formats",
+    "generate",
+    "load_quantized",
+    "models",
+    "nn",
+    "ops",
+    "quantize",
+    "samplers",
+    "save_quantized",
+]
 
-_MODULES = frozenset({"models", "ops", "samplers"})
+_MODULES = frozenset({"formats", "models", "nn", "ops", "samplers"})
 _OBJECTS = {
     "Pipeline": "rfkernels.pipeline",
     "explain": "rfkernels.diagnosis",
     "generate": "rfkernels.pipeline",
+    "load_quantized": "rfkernels.formats.native",
+    "quantize": "rfkernels.quantization.model",
+    "save_quantized": "rfkernels.formats.native",
 }
 
 

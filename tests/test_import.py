@@ -42,7 +42,19 @@ def test_a_picture_needs_no_compiler():
 
 
 @pytest.mark.parametrize(
-    "name", ["Pipeline", "explain", "generate", "models", "ops", "samplers", "__version__"]
+    "name",
+    [
+        "Pipeline",
+        "explain",
+        "formats",
+        "generate",
+        "models",
+        "nn",
+        "ops",
+        "quantize",
+        "samplers",
+        "__version__",
+    ],
 )
 def test_public_names_are_there_and_listed(name: str):
     import rfkernels

@@ -9,4 +9,5 @@ from rfkernels.ops.noise import *
 from rfkernels.ops.norm import *
 from rfkernels.ops.quantize import *
 from rfkernels.ops.rope import *
+from rfkernels.ops.rounding import *
 from rfkernels.ops.solver import *
