@@ -231,9 +231,8 @@ class QuantLinear(nn.Module):
         if self.input_scale is not None and self.quantize_input:
             x, x_scale = ops.quantize(x, "fp8", tensor_scale=self.input_scale)
             x_scale = x_scale.reshape(()).expand(x.shape[:-1])
-        dynamic = self.quantize_input and x_scale is None
         return ops.linear_fp8(
-            x, self.weight, scale, bias, x_scale=x_scale, quantize_input=dynamic, **epilogue
+            x, self.weight, scale, bias, x_scale=x_scale, quantize_input=self.quantize_input, **epilogue
         )
 
     def _run_svdq(self, x, scale, up, bias, lora, epilogue) -> Tensor:

@@ -28,8 +28,8 @@ def quantize(
 ) -> Report:
     """Replaces `nn.Linear` layers of a model by `rfkernels.nn.QuantLinear`, in place and without calibration.
 
-    Layer by layer: beside the model there is never more than one layer, of its float32 size (svdq-int4: a
-    few of float64).
+    Layer by layer: beside the model there is never more than one layer, of its float32 size (svdq-int4: up
+    to two of float64).
 
     Args:
         model: on any device. Its norms, convolutions, tables and biases stay.

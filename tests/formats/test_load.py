@@ -144,6 +144,9 @@ def test_container_is_safetensors(tmp_path):
     with pytest.raises(ValueError, match="a is there twice"):
         write_safetensors(tmp_path / "x", [("a", torch.ones(1))] * 2)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    for name in ("a", "aa", "aaa"):  # numbers start at multiples of eight bytes
+        write_safetensors(tmp_path / "x", [(name, torch.ones(1))])
+        assert int.from_bytes((tmp_path / "x").read_bytes()[:8], "little") % 8 == 0
 
 
 def test_prefixes_go_only_where_all_names_have_them():

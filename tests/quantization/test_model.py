@@ -88,6 +88,7 @@ def test_tied_and_odd_layers():
     assert report["second"].reason == report["fourth"].reason == "tied to first"
     first, second = report["first"], report["second"]
     assert first.bytes_before == 64 * 96 * 4 + 96 * 4 and second.bytes_before == second.bytes_after == 96 * 4
+    assert report["fourth"].bytes_before == report["fourth"].bytes_after == 0
 
 
 def test_refusals_leave_the_model_as_it_was():

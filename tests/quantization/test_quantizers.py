@@ -98,9 +98,9 @@ def test_int4_is_within_half_a_step_of_the_stored_scale(group, zero, dtype):
 
 
 def test_int4_codes_use_the_rounded_scale():
-    w = torch.linspace(-7, 7, 64)[None] * 1.003  # 7.021 / 7 is 1.003, in bfloat16 1.0
-    codes, scale, _ = quantize_int4(w, 64, scale_dtype=torch.bfloat16)
-    assert scale.item() == 1
+    w = torch.linspace(-7, 7, 4096)[None] * 1.003  # 7.021 / 7 is 1.003, in bfloat16 1.0
+    codes, scale, _ = quantize_int4(w, 0, scale_dtype=torch.bfloat16)
+    assert scale.item() == 1 and not torch.equal((w / 1.003).round(), w.round())
     assert torch.equal(unpack_int4(codes).float() - 8, w.round().clamp(-7, 7))
 
 
@@ -116,6 +116,8 @@ def test_int4_search_lowers_the_error():
     w = torch.distributions.StudentT(3.0).sample((32, 256))
     for zero in ("none", "integer", "float"):
         plain, searched = (dequantize_weight(*quantize_int4(w, 64, zero, search=n)) for n in (1, 12))
+        if zero == "none":
+            assert unpack_int4(quantize_int4(w, 64, search=12)[0]).amin() == 1  # -8 is never made
         assert relative(searched, w) < 0.99 * relative(plain, w)
         per_group = lambda a: (a - w).unflatten(1, (-1, 64)).norm(dim=-1)
         assert (per_group(searched) <= per_group(plain)).all()
