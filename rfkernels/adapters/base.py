@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rfkernels.ops.linear import linear, lora_shrink
 
-__all__ = ["Adapter", "Additive", "Factors", "apply_factors", "run", "shrink", "weight_of", "wide"]
+__all__ = ["Adapter", "Additive", "Exact", "Factors", "apply_factors", "run", "shrink", "weight_of", "wide"]
 
 Branch = tuple[Tensor, Tensor, Tensor | None]  # (hidden [*lead, rank], up [out, rank], bias [out])
 
@@ -43,7 +43,20 @@ class Factors:
     column_scale: Tensor | None = None
 
 
-class Adapter(nn.Module):
+class Exact(nn.Module):
+    """A module whose buffers named in `exact` move with it but keep their dtype: scales are not rounded."""
+
+    exact: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: self._buffers.pop(name) for name in self.exact if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            self._buffers[name] = tensor.to(fn(tensor).device)
+        return self
+
+
+class Adapter(Exact):
     """An adapter of one linear layer, made of named tensors.
 
     A family names its tensors in `required` and `optional`, and overrides `forward` and what else it offers.

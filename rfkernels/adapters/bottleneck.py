@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from rfkernels.adapters.base import Adapter, Branch, wide
+from rfkernels.adapters.base import Adapter, Branch, Exact, wide
 from rfkernels.ops.linear import linear
 
 __all__ = ["PLACES", "Bottleneck", "BottleneckStack", "ConformerAdapter", "ast_adapters"]
@@ -243,7 +243,7 @@ def ast_adapters(tensors: dict[str, Tensor], design: str = "pfeiffer", **hyper) 
     }
 
 
-class BottleneckStack(nn.Module):
+class BottleneckStack(Exact):
     """Several bottleneck adapters, of which each sample of a batch has its own or none.
 
     The hidden states of all lie side by side, those of others times zero. A column for each bias u comes
@@ -252,6 +252,8 @@ class BottleneckStack(nn.Module):
     Args:
         adapters: of one width and activation, without layer norm; their numbers are copied.
     """
+
+    exact = ("scale",)
 
     def __init__(self, adapters: Sequence[Bottleneck]):
         super().__init__()

@@ -54,6 +54,7 @@ class MoLA(Additive):
     """
 
     kind = "MoLA"
+    exact = ("columns",)
 
     def __init__(self, tensors: dict[str, Tensor], alpha: float | None = None, k: int = 2):
         experts: dict[str, dict[int, str]] = {"A": {}, "B": {}}

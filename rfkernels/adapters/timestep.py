@@ -97,6 +97,7 @@ class TimestepLoRA(Additive):
     """
 
     kind = "a timestep LoRA"
+    exact = ("columns",)
     required = ("lora_A.weight", "lora_B.weight")
     _router = tuple(f"lora_t_router.{i}.{n}" for i in (0, 2) for n in ("weight", "bias"))
 

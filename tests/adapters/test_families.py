@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rfkernels.adapters.base import Adapter
-from rfkernels.adapters.bottleneck import Bottleneck, ConformerAdapter
+from rfkernels.adapters.bottleneck import Bottleneck, BottleneckStack, ConformerAdapter
 from rfkernels.adapters.dora import DoRA
 from rfkernels.adapters.hadamard import QWHA, random_indices
 from rfkernels.adapters.hydra import Hydra
@@ -159,3 +159,22 @@ def test_compiles_to_one_graph(name):
     with torch.no_grad():
         compiled = torch.compile(module, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), module(x), rtol=1e-12, atol=1e-12)
+
+
+def test_scales_keep_their_precision_in_16_bits():
+    mola = FAMILIES["mola"]()
+    thirds = MoLA(dict(mola.state_dict()), alpha=4 / 3).bfloat16()
+    assert thirds.router.dtype == torch.bfloat16 and thirds.owner.dtype == torch.int64
+    assert thirds.columns.tolist() == [1 / 3] * 8
+    made = {"lora_A.weight": randn(R, N), "lora_B.weight": randn(N, R)}
+    adapter = TimestepLoRA(made, experts=2).bfloat16()
+    adapter.set_time(0.3, shares=torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
+    assert adapter.columns.tolist() == [1 / 3] * 2 + [2 / 3] * 2
+    stack = BottleneckStack(
+        [Bottleneck(low_rank("down_proj.weight", "up_proj.weight"), scale=0.1)]
+    ).bfloat16()
+    assert stack.scale.tolist() == [0.1] * (R + 1) and stack.down.dtype == torch.bfloat16
+
+
+def test_scales_move_with_their_module():
+    assert FAMILIES["mola"]().to("meta").columns.device.type == "meta"
