@@ -44,7 +44,7 @@ class Factors:
 
 
 class Exact(nn.Module):
-    """A module whose buffers named in `exact` move with it and keep their dtype: no scale is rounded to 16 bits."""
+    """A module whose buffers named in `exact` move with it but keep their dtype: scales are not rounded."""
 
     exact: ClassVar[tuple[str, ...]] = ()
 
