@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rfkernels.adapters.base import Adapter, Factors
-from rfkernels.ops.linear import _ACTIVATIONS, linear, lora_shrink
+from rfkernels.ops._linear import ACTIVATIONS
+from rfkernels.ops.linear import linear, lora_shrink
 
 __all__ = ["LoRALinear", "run_linear"]
 
@@ -235,7 +236,7 @@ class LoRALinear(nn.Module):
         for slot, extra in zip(self.extra_slots, self.extras, strict=True):
             strength = self._rows(self.strength, x)[..., slot, None]
             y = y + strength * (extra(x, _Known(self.base, x, plain)) - plain)
-        y = _ACTIVATIONS[activation](y)
+        y = ACTIVATIONS[activation](y)
         y = y if gate is None else y * gate
         return (y if residual is None else y + residual).to(x.dtype)
 
