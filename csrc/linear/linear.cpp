@@ -65,8 +65,8 @@ void check_scales(LinearCall& c) {
               (grouped ? s.shape[0] == c.n : s.numel() == rows),
           kOp, ": weight_scale must be floating, contiguous, one number or one per output ", c.n,
           c.storage == Storage::int4 ? " or [out, groups]" : "", ", got ", s);
-    check(c.groups >= 1 && c.k % c.groups == 0 && (c.groups == 1 || c.group() % 16 == 0), kOp,
-          ": groups must divide the inputs ", c.k, " into multiples of 16, got weight_scale ", s);
+    check(c.groups >= 1 && c.k % c.groups == 0 && (c.groups == 1 || c.group() % 8 == 0), kOp,
+          ": groups must divide the inputs ", c.k, " into multiples of 8, got weight_scale ", s);
     check(grouped || s.dtype == wide, kOp, ": weight_scale must be ", name_of(wide), ", got ", s);
   }
   if (!c.weight_zero) return;

@@ -7,7 +7,7 @@ An adapter changes a layer `f(x) = x W^T + b`, W `[out, in]`, tokens `[*lead, in
     factors(W, b)         an exact low-rank form, where there is one
     state_dict()          the tensors under the names that files use; `from_state_dict` reads them
 
-Tensors are parameters without gradient: `adapter.requires_grad_()` trains what is in plain torch.
+Tensors are parameters without gradient: `adapter.requires_grad_()` trains them.
 """
 
 from collections.abc import Callable, Iterable
@@ -176,10 +176,7 @@ def weight_of(base: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def shrink(x: Tensor, down: Tensor, scale: Tensor | None = None) -> Tensor:
-    """`ops.lora_shrink`; in plain torch where a gradient is wanted, which the op has not."""
-    if torch.is_grad_enabled() and (x.requires_grad or down.requires_grad):
-        hidden = wide(x) @ wide(down.to(x.dtype)).T
-        return hidden if scale is None else hidden * scale
+    """`ops.lora_shrink` with factors and scales of any dtype."""
     if scale is not None:
         scale = scale.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     return lora_shrink(x, down.to(x.dtype), scale)

@@ -296,13 +296,9 @@ class BottleneckStack(Exact):
 
 
 def _squeeze(x: Tensor, down: Tensor, bias: Tensor | None, activation: str, scale: float | Tensor) -> Tensor:
-    """scale act(x D^T + d), wide: one call of `ops.linear`, plain torch where a gradient is wanted."""
+    """scale act(x D^T + d), wide: one call of `ops.linear`."""
     down = down.to(x.dtype)
     bias = None if bias is None else bias.to(wide(x).dtype)
-    if torch.is_grad_enabled() and (x.requires_grad or down.requires_grad):
-        y = wide(x) @ wide(down).T
-        y = y if bias is None else y + bias
-        return scale * (y if activation == "none" else _ACTIVATIONS[activation](y))
     if not isinstance(scale, Tensor):
         scale = None if scale == 1 else torch.full((len(down),), scale, dtype=wide(x).dtype, device=x.device)
     return linear(x, down, bias, activation=activation, gate=scale, dtype=wide(x).dtype)

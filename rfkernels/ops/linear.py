@@ -96,8 +96,8 @@ def _call(
     hidden, up = (None, None) if lora is None else lora
     out = run_linear(
         _matrix(x),
-        None if x_scale is None else x_scale.reshape(-1),
-        weight,
+        None if x_scale is None else x_scale.reshape(-1).contiguous(),
+        weight.contiguous() if weight.is_floating_point() else weight,
         weight_scale,
         weight_zero,
         bias,

@@ -39,7 +39,7 @@ def call(x=X, weight=W, out=None, **named):
         ({"weight": CODES, "weight_scale": torch.ones(9)}, "one number or one per output 10"),
         ({"weight": CODES, "weight_scale": torch.ones(10).double()}, "weight_scale must be f32"),
         ({"weight": FOUR, "weight_scale": torch.ones(10, 3)}, "groups must divide the inputs 64"),
-        ({"weight": FOUR, "weight_scale": torch.ones(10, 8)}, "multiples of 16"),
+        ({"weight": FOUR, "weight_scale": torch.ones(10, 16)}, "multiples of 8"),
         (
             {"weight": CODES, "weight_scale": ONE, "weight_zero": ONE},
             "weight_zero belongs to four-bit weights",
