@@ -13,7 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rfkernels import formats, models, nn, ops, samplers
+    from rfkernels import adapters, formats, models, nn, ops, samplers
+    from rfkernels.adapters.load import load_lora, set_adapters, unload_lora
+    from rfkernels.adapters.merge import merge_lora, unmerge_lora
     from rfkernels.diagnosis import explain
     from rfkernels.formats.native import load_quantized, save_quantized
     from rfkernels.pipeline import Pipeline, generate
@@ -24,26 +26,37 @@ if TYPE_CHECKING:
 __all__ = [
     "Pipeline",
     "__version__",
+    "adapters",
     "explain",
     "formats",
     "generate",
+    "load_lora",
     "load_quantized",
+    "merge_lora",
     "models",
     "nn",
     "ops",
     "quantize",
     "samplers",
     "save_quantized",
+    "set_adapters",
+    "unload_lora",
+    "unmerge_lora",
 ]
 
-_MODULES = frozenset({"formats", "models", "nn", "ops", "samplers"})
+_MODULES = frozenset({"adapters", "formats", "models", "nn", "ops", "samplers"})
 _OBJECTS = {
     "Pipeline": "rfkernels.pipeline",
     "explain": "rfkernels.diagnosis",
     "generate": "rfkernels.pipeline",
+    "load_lora": "rfkernels.adapters.load",
     "load_quantized": "rfkernels.formats.native",
+    "merge_lora": "rfkernels.adapters.merge",
     "quantize": "rfkernels.quantization.model",
     "save_quantized": "rfkernels.formats.native",
+    "set_adapters": "rfkernels.adapters.load",
+    "unload_lora": "rfkernels.adapters.load",
+    "unmerge_lora": "rfkernels.adapters.merge",
 }
 
 

@@ -248,6 +248,22 @@ def test_intervals_of_time(x):
         load_lora(model, lora(1, layers=("fc2",)) | {"fc2.lora_t_bounds": bounds})
 
 
+def test_a_slot_is_as_new(x):
+    """What an adapter left of factors, time, biases or another family is gone when the next one comes."""
+    model, plain = Mlp(), Mlp()
+    tensors = lora(1, rank=4, layers=("fc1",)) | {"fc1.lora_t_bounds": torch.tensor([0, 0.5, 1.0])}
+    whole = {"fc2.lokr_w1": randn(2, 3, seed=8), "fc2.lokr_w2": randn(3, 4, seed=9)}
+    load_lora(model, tensors | whole, slots=1, max_rank=4, name="first")
+    set_time(model, 0.7)
+    unload_lora(model, "first")
+    assert not model.fc1.down.any() and not model.fc1.up.any() and not len(model.fc2.extras)
+    close(model(x), plain(x))
+    second = lora(3, rank=4)
+    load_lora(model, second, name="second")
+    close(model(x), by_hand(plain, x, (second, 1.0)))
+    unload_lora(model)
+
+
 def test_combination(x):
     """cat is exact; to a rank it is the truncated SVD of the dense sum."""
     model, plain, one, two = Mlp(), Mlp(), lora(1, alpha=1.0), lora(2, rank=3, layers=("fc1",))
