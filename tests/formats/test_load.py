@@ -158,7 +158,6 @@ def test_prefixes_go_only_where_all_names_have_them():
 
 def test_original_names_of_flux():
     """BFL's fused layers, in int8 with rotation, as ComfyUI stores them, into diffusers' model."""
-    pytest.importorskip("rfkernels.adapters.names")
     from tests.quantization.models import flux, run
 
     model = flux()

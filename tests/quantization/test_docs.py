@@ -19,8 +19,6 @@ def test_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for code in CODE:
-        if code.startswith("# needs load_lora") and not hasattr(rfkernels, "load_lora"):
-            continue
         exec(code, names)
 
 
