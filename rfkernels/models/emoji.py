@@ -88,7 +88,7 @@ class EmojiFlow(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.out.weight.dtype
+        return self.out.bias.dtype  # a weight may be quantised
 
     def encode(self, prompts: list[str]) -> TextTokens:
         """Tokenizes prompts; "" is the unconditional prompt. Words beyond 16 are cut, see `truncated`."""

@@ -91,7 +91,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, rows: Tensor, weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Word features [batch, words, width] and their mean over words [batch, width] (0 for no word)."""
-        dtype = self.join.weight.dtype
+        dtype = self.join.bias.dtype  # the weight may be quantised
         e = (self.table[rows] * weights[..., None].to(self.table.dtype)).sum(-2).to(dtype)
         before, after = F.pad(e, (0, 0, 1, 0))[:, :-1], F.pad(e, (0, 0, 0, 1))[:, 1:]
         h = self.out(F.silu(self.join(torch.cat([before, e, after], -1))))

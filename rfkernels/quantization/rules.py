@@ -1,4 +1,4 @@
-"""Which layers of diffusers' models stay as they are, and which are modulation.
+"""Which layers of diffusers' models and ours stay as they are, and which are modulation.
 
 Patterns are of `fnmatch`, for whole dotted names. `keep`: embedders of tokens, text and time, and the last
 projections: few weights, at the ends of the network, where an error is not averaged out. `modulation`:
@@ -48,6 +48,7 @@ _TABLE = {
         ("x_embedder", "time_caption_embed.*", "norm_out.*"),
         ("layers.*.norm1.linear", "noise_refiner.*.norm1.linear"),
     ),
+    "EmojiFlow": Rules(("image_in", "out", "text.*", "time.*", "pooled"), ("modulation",)),
     "PixArtTransformer2DModel": Rules(("adaln_single.*", "caption_projection.*", "proj_out")),
 }
 _OTHERS = Rules(
