@@ -39,7 +39,8 @@ inline int processors_of(int device) {
   const bool keep = device >= 0 && device < kDevices;
   int count = keep ? known[device].load(std::memory_order_relaxed) : 0;
   if (count == 0) {
-    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+               "cudaDeviceGetAttribute");
     if (keep) known[device].store(count, std::memory_order_relaxed);
   }
   return count;

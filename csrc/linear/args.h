@@ -33,18 +33,18 @@ struct Table {
 
 struct LinearArgs {
   int m, n, k, rank = 0;
-  int processors;  // of the device
-  Table x, weight;                     // a row of four-bit codes: k / 2 elements
-  Storage storage, x_storage;          // of x: floating, int8 or e4m3
-  bool x_pieces, weight_pieces;        // 16 bytes at a time
+  int processors;                // of the device
+  Table x, weight;               // a row of four-bit codes: k / 2 elements
+  Storage storage, x_storage;    // of x: floating, int8 or e4m3
+  bool x_pieces, weight_pieces;  // 16 bytes at a time
   Table x_scale, weight_scale, weight_zero;
-  int groups = 1, group;               // of weight_scale: inputs of a group
-  bool column_scale;                   // weight_scale is one number or one a column: the sum is multiplied by it
+  int groups = 1, group;  // of weight_scale: inputs of a group
+  bool column_scale;      // weight_scale is one number or one a column: the sum is multiplied by it
   bool scale_per_row;
   Table hidden, up;
   bool low_rank_bf16, low_rank_pieces;  // the type of the low-rank branch's products; 8 elements at a time
   Table out, bias, gate, residual, out_scale;
-  bool pieces;                         // 8 columns at a time of all tables of columns
+  bool pieces;  // 8 columns at a time of all tables of columns
   unsigned rows_per_gate = 1;
   Epilogue epilogue;
 };
@@ -60,8 +60,8 @@ inline bool low_rank_is_bf16(const LinearCall& call) {
 
 inline LinearArgs linear_args(const LinearCall& call, int processors) {
   constexpr int64_t kMost = 0x7fffffff;
-  check(call.m <= kMost && call.n <= kMost && call.k <= kMost / 2, "linear: axes must be below 2^31 on CUDA, got x ",
-        call.x, ", weight ", call.weight);
+  check(call.m <= kMost && call.n <= kMost && call.k <= kMost / 2,
+        "linear: axes must be below 2^31 on CUDA, got x ", call.x, ", weight ", call.weight);
   LinearArgs a{};
   a.processors = processors;
   a.m = int(call.m), a.n = int(call.n), a.k = int(call.k), a.rank = call.hidden ? int(call.rank) : 0;

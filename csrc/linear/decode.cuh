@@ -59,8 +59,8 @@ template <typename T> __device__ __forceinline__ void decode_e4m3(uint32_t codes
   }
 }
 
-// What decode_int4 subtracts of its codes, a pair: f16 reads a code q as 1024 + q; bf16, whose 128 + zero would
-// not be exact for every zero, takes 8 first.
+// What decode_int4 subtracts of its codes, a pair: f16 reads a code q as 1024 + q; bf16, whose 128 + zero
+// would not be exact for every zero, takes 8 first.
 template <typename T> __device__ __forceinline__ uint32_t minus_zero(float zero) {
   const float minus = kIsBf16<T> ? 8 - zero : -1024 - zero;
   return pair_of<T>(minus, minus);

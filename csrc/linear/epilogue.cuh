@@ -5,8 +5,8 @@
 #include "core/launch.cuh"
 #include "linear/args.h"
 
-// From the sums of a call to its result, N neighbours of a row at a time, in A = float or double. What a table
-// holds is known at run time only: a branch that all threads take alike.
+// From the sums of a call to its result, N neighbours of a row at a time, in A = float or double. What a
+// table holds is known at run time only: a branch that all threads take alike.
 
 namespace rfk {
 
@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_numbers(const Table& t, int64_t at, const 
 
 // out[row, column ..] = what the epilogue makes of the sums v
 template <typename A, int N>
-__device__ void finish(A (&v)[N], const LinearArgs& args, int row, int column) {
+__device__ __forceinline__ void finish(A (&v)[N], const LinearArgs& args, int row, int column) {
   const int count = args.n - column;
   if (row >= args.m || count <= 0) return;
   const bool pieces = args.pieces;
@@ -87,7 +87,8 @@ __device__ void finish(A (&v)[N], const LinearArgs& args, int row, int column) {
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = apply(args.epilogue, v[i]);
   if (args.gate.data) {
-    load_numbers(other, args.gate, unsigned(row) / args.rows_per_gate * args.gate.stride + column, count, pieces);
+    load_numbers(other, args.gate, unsigned(row) / args.rows_per_gate * args.gate.stride + column, count,
+                 pieces);
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] *= other[i];
   }
@@ -111,6 +112,17 @@ __device__ void finish(A (&v)[N], const LinearArgs& args, int row, int column) {
   } else if constexpr (sizeof(A) == 8) {
     store_numbers<double>(args.out, at, v, count, pieces);
   }
+}
+
+// values[index], with `index` known at run time and `values` in registers
+template <typename A, int N, int Size>
+__device__ __forceinline__ void pick(A (&to)[Size], const A (&values)[N][Size], int index) {
+#pragma unroll
+  for (int e = 0; e < Size; ++e) to[e] = values[0][e];
+#pragma unroll
+  for (int i = 1; i < N; ++i)
+#pragma unroll
+    for (int e = 0; e < Size; ++e) to[e] = index == i ? values[i][e] : to[e];
 }
 
 // What multiplies the sum of a column, if that is the place of weight_scale.

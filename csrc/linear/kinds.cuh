@@ -25,8 +25,8 @@ __device__ __forceinline__ XFragment x_fragment(const uint32_t (&top)[4], const 
   return {{{top[0], bottom[0], top[1], bottom[1]}, {top[2], bottom[2], top[3], bottom[3]}}};
 }
 
-// XBytes of an element of x, WeightBytes of a row of the weight in a slab, RowBytes that a stage holds of a row
-// beside the weight.
+// XBytes of an element of x, WeightBytes of a row of the weight in a slab, RowBytes that a stage holds of a
+// row beside the weight.
 template <typename Sum, int XBytes, int WeightBytes, int RowBytes = 0> struct KindBase {
   using Acc = Sum;
   static constexpr int kXBytes = XBytes, kWeightBytes = WeightBytes, kRowBytes = RowBytes;
@@ -62,8 +62,8 @@ struct Int8Int8 : KindBase<int32_t, 1, 64> {
 };
 
 // int8 x four bits. Step h has the inputs 32 h .. 32 h + 31 of the slab, so that a group of 32 is one step:
-// lane 4 g + t takes 8 of them from either half of a row, and pieces are exchanged so that these loads meet no
-// two in a bank. Weights become 16 (q - 8).
+// lane 4 g + t takes 8 of them from either half of a row, and pieces are exchanged so that these loads meet
+// no two in a bank. Weights become 16 (q - 8).
 template <bool ByGroup>
 struct Int8Int4 : KindBase<std::conditional_t<ByGroup, float, int32_t>, 1, 32, ByGroup ? 8 : 0> {
   using Wide = std::conditional_t<ByGroup, HalfWideTile, WideTile>;
@@ -120,9 +120,9 @@ constexpr int bytes_beside_16_bit(Storage storage) {  // of a row of the weight 
   return storage == Storage::floating ? 64 : storage == Storage::int4 ? 16 : 32;
 }
 
-// f16 or bf16, T, with weights of any storage that become T, exactly. Of four-bit codes these are q - zero; the
-// scale of a group is that of the sum of a slab. A stage holds `minus_zero` of its rows, then scales, then
-// offsets.
+// f16 or bf16, T, with weights of any storage that become T, exactly. Of four-bit codes these are q - zero;
+// the scale of a group is that of the sum of a slab. A stage holds `minus_zero` of its rows, then scales,
+// then offsets.
 template <typename T, Storage S>
 struct Floating : KindBase<float, 2, bytes_beside_16_bit(S), S == Storage::int4 ? 12 : 0> {
   using Base = KindBase<float, 2, bytes_beside_16_bit(S), S == Storage::int4 ? 12 : 0>;
@@ -138,7 +138,8 @@ struct Floating : KindBase<float, 2, bytes_beside_16_bit(S), S == Storage::int4 
     order_like_int4(bottom);
     return x_fragment(top, bottom);
   }
-  static __device__ WeightFragment load_weight(const uint8_t* weight, const uint8_t* rows, int slot, int lane) {
+  static __device__ WeightFragment load_weight(const uint8_t* weight, const uint8_t* rows, int slot,
+                                               int lane) {
     if constexpr (S == Storage::floating) {
       return Base::load_whole_weight(weight, slot, lane);
     } else if constexpr (S == Storage::int4) {

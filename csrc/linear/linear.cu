@@ -15,9 +15,8 @@ bool has_whole_groups(const LinearArgs& a) {
 bool fits_tensor_cores(const LinearArgs& a) {
   switch (a.x_storage) {
     case Storage::int8:
-      return a.storage == Storage::int8 ||
-             (a.storage == Storage::int4 && !a.weight_zero.data && has_whole_groups(a) &&
-              (a.column_scale || a.scale_per_row));
+      return a.storage == Storage::int8 || (a.storage == Storage::int4 && !a.weight_zero.data &&
+                                            has_whole_groups(a) && (a.column_scale || a.scale_per_row));
     case Storage::e4m3: return a.storage == Storage::e4m3;
     default:
       return is_16_bit(a.x.dtype) && has_whole_groups(a) &&

@@ -81,8 +81,12 @@ template <typename A> __global__ void __launch_bounds__(kThreads) linear_fma_ker
         [&](int c, int k) {
           return columns(c) ? number_at<A>(args.up, (first_column + c) * args.up.stride + k) : A(0);
         });
-#pragma unroll
-  for (int r = 0; r < 4; ++r) finish(sums[r], args, row + r, column);
+#pragma unroll 1
+  for (int r = 0; r < 4; ++r) {
+    A v[4];
+    pick(v, sums, r);
+    finish(v, args, row + r, column);
+  }
 }
 
 }  // namespace

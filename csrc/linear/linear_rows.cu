@@ -3,9 +3,9 @@
 #include "linear/elements.cuh"
 #include "linear/kernels.h"
 
-// The product of up to eight rows of x, which is as fast as the weight is read: a warp computes a few columns,
-// its lanes read 16 bytes of a row of the weight at a time. x lies in shared memory as float; sums are float,
-// and so are scales of groups.
+// The product of up to eight rows of x, which is as fast as the weight is read: a warp computes a few
+// columns, its lanes read 16 bytes of a row of the weight at a time. x lies in shared memory as float; sums
+// are float, and so are scales of groups.
 
 namespace rfk {
 namespace {
@@ -27,7 +27,8 @@ struct Int8Elements {
     const uint32_t w[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (int i = 0; i < kCount; ++i)  // (2^23 + code + 128) - (2^23 + 128)
-      v[i] = std::bit_cast<float>(byte_permute(w[i / 4] ^ 0x80808080, 0x4b000000, 0x7440 + i % 4)) - 8388736.0f;
+      v[i] =
+          std::bit_cast<float>(byte_permute(w[i / 4] ^ 0x80808080, 0x4b000000, 0x7440 + i % 4)) - 8388736.0f;
   }
 };
 struct E4m3Elements {
@@ -55,8 +56,8 @@ struct Int4Elements {  // q - 8
   }
 };
 
-// Where input k of a chunk of x lies: four floats more after every 32, so that lanes whose inputs are 16 or 32
-// apart meet in no bank.
+// Where input k of a chunk of x lies: four floats more after every 32, so that lanes whose inputs are 16 or
+// 32 apart meet in no bank.
 __device__ __forceinline__ int padded(int k) { return k + k / 32 * 4; }
 
 constexpr int kStride = kChunk + kChunk / 8;  // of rows of x
@@ -67,7 +68,8 @@ template <int M> __device__ void load_chunk(float* shared, const LinearArgs& arg
   for (int i = threadIdx.x; i < M * kChunk; i += 32 * kWarps) {
     const int row = i / kChunk, k = i % kChunk;
     const bool valid = row < args.m && first + k < args.k;
-    shared[row * kStride + padded(k)] = valid ? number_at<float>(args.x, row * args.x.stride + first + k) : 0.0f;
+    shared[row * kStride + padded(k)] =
+        valid ? number_at<float>(args.x, row * args.x.stride + first + k) : 0.0f;
   }
 }
 
@@ -127,7 +129,8 @@ template <typename Kind, int M, int R> struct RowSums {
   }
 
   // sum += scale * (part of (q - 8) + (8 - zero) total) + offset total
-  __device__ void add_group(const LinearArgs& args, int k, const float (&part)[M][R], const float (&total)[M]) {
+  __device__ void add_group(const LinearArgs& args, int k, const float (&part)[M][R],
+                            const float (&total)[M]) {
     const bool integer = args.weight_zero.dtype == DType::u8;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -173,8 +176,11 @@ template <typename Kind, int M, int R> struct RowSums {
   }
 };
 
+// Blocks on a multiprocessor at a time, by registers.
+template <int M> inline constexpr int kBlocks = M == 1 ? 8 : M <= 4 ? 6 : 3;
+
 template <typename Kind, int M, int R>
-__global__ void __launch_bounds__(32 * kWarps) linear_rows_kernel(LinearArgs args) {
+__global__ void __launch_bounds__(32 * kWarps, kBlocks<M>) linear_rows_kernel(LinearArgs args) {
   using Sums = RowSums<Kind, M, R>;
   alignas(16) __shared__ float x[M * kStride];
   Sums s(args, (int(blockIdx.x) * kWarps + int(threadIdx.x) / 32) * R);

@@ -62,8 +62,9 @@ __device__ __forceinline__ float2 of_columns(const uint8_t* rows, int table, con
 
 // The same where every slab has a scale of its own, by column.
 template <typename Kind, typename Tile>
-__device__ __forceinline__ void multiply_scaled(Sums<float, Tile>& sums, const uint8_t* x, const uint8_t* weight,
-                                                const uint8_t* rows, const Place<Tile>& at, bool with_offset) {
+__device__ __forceinline__ void multiply_scaled(Sums<float, Tile>& sums, const uint8_t* x,
+                                                const uint8_t* weight, const uint8_t* rows,
+                                                const Place<Tile>& at, bool with_offset) {
   XFragment a[Tile::kMT];
   load_x<Kind, Tile>(a, x, at);
   float totals[Tile::kMT][2] = {};  // of rows of x
@@ -90,14 +91,15 @@ __device__ __forceinline__ void multiply_scaled(Sums<float, Tile>& sums, const u
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         sums[i][j][e] = std::fma(part[e], e % 2 ? scale.y : scale.x, sums[i][j][e]);
-        if (with_offset) sums[i][j][e] = std::fma(totals[i][e / 2], e % 2 ? offset.y : offset.x, sums[i][j][e]);
+        if (with_offset)
+          sums[i][j][e] = std::fma(totals[i][e / 2], e % 2 ? offset.y : offset.x, sums[i][j][e]);
       }
     }
   }
 }
 
-// The same where sums of groups are exact integers and added up as float. A sum that starts at the bits of 1.5
-// 2^23 is, as a float, 1.5 2^23 + the sum.
+// The same where sums of groups are exact integers and added up as float. A sum that starts at the bits
+// of 1.5 2^23 is, as a float, 1.5 2^23 + the sum.
 template <typename Kind, typename Tile>
 __device__ __forceinline__ void multiply_int8_scaled(Sums<float, Tile>& sums, const uint8_t* x,
                                                      const uint8_t* weight, const uint8_t* rows,
@@ -105,7 +107,7 @@ __device__ __forceinline__ void multiply_int8_scaled(Sums<float, Tile>& sums, co
   constexpr int32_t kMagic = 0x4b400000;
   XFragment a[Tile::kMT];
   load_x<Kind, Tile>(a, x, at);
-  const auto add = [&](float(&sum)[4], const int32_t(&part)[4], float2 scale) {
+  const auto add = [&](float (&sum)[4], const int32_t (&part)[4], float2 scale) {
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       sum[e] = std::fma(std::bit_cast<float>(part[e]) - std::bit_cast<float>(kMagic),
@@ -139,8 +141,8 @@ __device__ __forceinline__ void multiply(Sums<typename Kind::Acc, Tile>& sums, c
   const int first_row = int(blockIdx.x) * Tile::kRows, first_column = int(blockIdx.y) * Tile::kColumns;
   constexpr int kWeightElement = Kind::kWeightBytes == 64 ? Kind::kXBytes : 1;
   const int64_t x_bytes = int64_t(args.k) * Kind::kXBytes, weight_bytes = args.weight.stride * kWeightElement;
-  PieceLoader<Tile::kRows, 4, Tile::kThreads, Kind::kXBytes> x(args.x.data, args.x.stride * Kind::kXBytes, x_bytes,
-                                                               first_row, args.m, args.x_pieces);
+  PieceLoader<Tile::kRows, 4, Tile::kThreads, Kind::kXBytes> x(args.x.data, args.x.stride * Kind::kXBytes,
+                                                               x_bytes, first_row, args.m, args.x_pieces);
   PieceLoader<Tile::kColumns, Kind::kWeightBytes / 16, Tile::kThreads, kWeightElement> weight(
       args.weight.data, weight_bytes, weight_bytes, first_column, args.n, args.weight_pieces);
   RowLoader<Kind, Tile> row;
@@ -228,16 +230,6 @@ __device__ __forceinline__ void add_low_rank(Sums<float, Tile>& sums, const Line
   }
 }
 
-// values[index], with `index` known at run time and `values` in registers
-template <int N, int Size> __device__ __forceinline__ void pick(float (&to)[Size], const float (&values)[N][Size], int index) {
-#pragma unroll
-  for (int e = 0; e < Size; ++e) to[e] = values[0][e];
-#pragma unroll
-  for (int i = 1; i < N; ++i)
-#pragma unroll
-    for (int e = 0; e < Size; ++e) to[e] = index == i ? values[i][e] : to[e];
-}
-
 // The epilogue, eight neighbours of a row at a time in one copy of its code.
 template <typename Tile>
 __device__ __forceinline__ void finish_tile(const Sums<float, Tile>& sums, const LinearArgs& args,
@@ -299,8 +291,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) linear_mma_kern
 
 template <typename Kind, typename Tile> void launch_mma(cudaStream_t stream, const LinearArgs& args) {
   const auto tiles = [](int n, int tile) { return unsigned((int64_t(n) + tile - 1) / tile); };
-  launch("linear", linear_mma_kernel<Kind, Tile>, dim3(tiles(args.m, Tile::kRows), tiles(args.n, Tile::kColumns)),
-         dim3(Tile::kThreads), Stage<Kind, Tile>::kAll, stream, args);
+  launch("linear", linear_mma_kernel<Kind, Tile>,
+         dim3(tiles(args.m, Tile::kRows), tiles(args.n, Tile::kColumns)), dim3(Tile::kThreads),
+         Stage<Kind, Tile>::kAll, stream, args);
 }
 
 template <typename Kind> void launch_mma(cudaStream_t stream, const LinearArgs& args) {

@@ -8,8 +8,8 @@
 namespace rfk {
 
 // Where row r of the weight lies in a stage. The mma of column piece j gives lane 4 g + t columns 2 t and
-// 2 t + 1; its column g is row 8 (g / 2) + 2 j + g % 2 of 32, so that the lane has rows 8 t .. 8 t + 7 over the
-// four j, eight neighbours of the result. Rows lie in the order in which they are taken.
+// 2 t + 1; its column g is row 8 (g / 2) + 2 j + g % 2 of 32, so that the lane has rows 8 t .. 8 t + 7 over
+// the four j, eight neighbours of the result. Rows lie in the order in which they are taken.
 __device__ __forceinline__ int weight_slot(int r) {
   return (r & ~31) | (r >> 1 & 3) << 3 | (r >> 3 & 3) << 1 | (r & 1);
 }
@@ -20,8 +20,7 @@ template <typename Kind, typename Tile> struct Stage {
   static constexpr int kBytes = kX + kWeight + Kind::kRowBytes * Tile::kColumns;
   // The low-rank branch reuses the memory for a slab of 64 bytes on both sides.
   static constexpr int kLowRankBytes = 64 * (Tile::kRows + Tile::kColumns);
-  static constexpr int kAll =
-      Tile::kStages * kBytes > kLowRankBytes ? Tile::kStages * kBytes : kLowRankBytes;
+  static constexpr int kAll = Tile::kStages * kBytes > kLowRankBytes ? Tile::kStages * kBytes : kLowRankBytes;
   static_assert(kAll <= 48 << 10);
 };
 
@@ -39,8 +38,8 @@ __device__ __forceinline__ void copy_elements(uint8_t* shared, const uint8_t* gl
 template <int Rows, int Pieces, int Threads, int ElementBytes> struct PieceLoader {
   static constexpr int kStep = Threads / Pieces;  // rows between those of a thread
   static constexpr int kCount = (Rows + kStep - 1) / kStep;
-  const uint8_t* from;  // its piece of its first row, in the next slab
-  int64_t step, left;   // bytes to its next row; bytes from `from` to the end of the row
+  const uint8_t* from;   // its piece of its first row, in the next slab
+  int64_t step, left;    // bytes to its next row; bytes from `from` to the end of the row
   int row, piece, rows;  // rows: how many there are from the first of the tile on
   bool whole;            // 16 bytes at a time
 
@@ -69,8 +68,8 @@ template <int Rows, int Pieces, int Threads, int ElementBytes> struct PieceLoade
   }
 };
 
-// What rows of a four-bit weight have beside it, one thread a row: read while a slab is computed, written to the
-// stage after it.
+// What rows of a four-bit weight have beside it, one thread a row: read while a slab is computed, written to
+// the stage after it.
 template <typename Kind, typename Tile> struct RowLoader {
   static constexpr bool kUsed = Kind::kRowBytes > 0, kInt8 = Kind::kXBytes == 1;
   static constexpr int kSteps = kInt8 ? 2 : 1;  // groups of a slab at most

@@ -17,29 +17,28 @@ template <int MT, int NS, int WM, int WN, int Stages, int Blocks> struct LinearT
   static constexpr int kBlocks = Blocks;  // on a multiprocessor at a time, by registers
 
   // Clocks that a multiprocessor needs for a slab of 64 bytes: by its tensor cores (2048 products of int8 a
-  // clock, as on sm_80), or by its shared memory (128 bytes a clock), whose bytes are what warps read and what
-  // copies write.
+  // clock, as on sm_80), or by its shared memory (128 bytes a clock), whose bytes are what warps read and
+  // what copies write.
   static constexpr int kProducts = 64 * kRows * kColumns / 2048;
   static constexpr int kShared = (WM * WN * 64 * (kWarpRows + kWarpColumns) + 64 * (kRows + kColumns)) / 128;
   static constexpr int kClocks = std::max(kProducts, kShared);
 };
 
-using WideTile = LinearTile<4, 2, 2, 2, 3, 2>;      // 128 x 128, bound by tensor cores
-using HalfWideTile = LinearTile<4, 1, 2, 2, 3, 2>;  // 128 x 64: in place of wide where operands need registers
-using MiddleTile = LinearTile<2, 1, 2, 2, 4, 3>;    // 64 x 64
-using NarrowTile = LinearTile<1, 1, 4, 1, 6, 5>;    // 64 x 32: few rows or columns, more blocks
+using WideTile = LinearTile<4, 2, 2, 2, 3, 2>;  // 128 x 128, bound by tensor cores
+using HalfWideTile =
+    LinearTile<4, 1, 2, 2, 3, 2>;                 // 128 x 64: in place of wide where operands need registers
+using MiddleTile = LinearTile<2, 1, 2, 2, 4, 3>;  // 64 x 64
+using NarrowTile = LinearTile<1, 1, 4, 1, 6, 5>;  // 64 x 32: few rows or columns, more blocks
 
 enum class TileChoice : uint8_t { wide, middle, narrow };
 
-// Clocks for a slab of [m, n] on `processors` multiprocessors: they take blocks by turns, kBlocks at a time. A
-// block that is alone waits about 100 clocks at its barrier and for its loads; others fill them.
+// Clocks for a slab of [m, n] on `processors` multiprocessors: they take blocks by turns, kBlocks at a time.
+// A block that is alone waits about 100 clocks at its barrier and for its loads; others fill them.
 template <typename Tile> constexpr int64_t tile_clocks(int64_t m, int64_t n, int processors) {
   constexpr int64_t kAlone = 100;
   const int64_t blocks = (m + Tile::kRows - 1) / Tile::kRows * ((n + Tile::kColumns - 1) / Tile::kColumns);
   const int64_t turns = (blocks + processors - 1) / processors, rest = turns % Tile::kBlocks;
-  const auto together = [](int64_t count) {
-    return std::max(count * Tile::kClocks, Tile::kClocks + kAlone);
-  };
+  const auto together = [](int64_t count) { return std::max(count * Tile::kClocks, Tile::kClocks + kAlone); };
   return turns / Tile::kBlocks * together(Tile::kBlocks) + (rest ? together(rest) : 0);
 }
 

@@ -39,6 +39,7 @@ class Call:
     scale: str = "row"  # of the weight: none, one, row
     scale_dtype: torch.dtype = F32
     rank: int = 0
+    exact_branch: bool = False  # hidden and up are numbers of both 16-bit types
     up_dtype: torch.dtype | None = None
     bias: torch.dtype | None = None
     gates: int = 0
@@ -64,6 +65,7 @@ class Call:
             x = (x * 40).round().clamp(-127, 127)
         per_row = lambda count: (0.02 + 0.01 * normal(count).abs()).to(wide)
         weight, weight_scale, weight_zero = self._weight(normal, per_row, generator, wide)
+        short = lambda t: t.bfloat16().half().double() if self.exact_branch else t
         self.args = {
             "x": self._placed(self._rows(x.to(self.x_dtype))),
             "x_scale": per_row(self.m).float() if coded else None,
@@ -71,8 +73,8 @@ class Call:
             "weight_scale": weight_scale,
             "weight_zero": weight_zero,
             "bias": normal(self.n).to(self.bias) if self.bias else None,
-            "hidden": normal(self.m, self.rank).to(wide) if self.rank else None,
-            "up": (0.3 * normal(self.n, self.rank)).to(self.up_dtype or out_like) if self.rank else None,
+            "hidden": short(normal(self.m, self.rank)).to(wide) if self.rank else None,
+            "up": short(0.3 * normal(self.n, self.rank)).to(self.up_dtype or out_like) if self.rank else None,
             "gate": normal(self.gates, self.n).to(self.gate) if self.gates else None,
             "residual": self._rows(normal(self.m, self.n).to(self.residual)) if self.residual else None,
             "out_scale": torch.tensor([0.05], dtype=wide) if self.codes else None,
@@ -152,8 +154,12 @@ def error_of_sums(call: Call) -> Tensor:
     if call.x_dtype == F64:
         return 4 * call.k * EPSILON[F64] * terms
     slack = (2.0**-22 + 2.0**-24 * call.k**0.5) * terms
-    few = call.m <= 8 and call.x_dtype not in (I8, E4M3)
-    if call.rank and call.x_dtype != F32 and not few:  # both sides of the branch are rounded to 16 bits
+    weight = call.args["weight"]
+    whole = (weight.shape[1] * weight.itemsize | weight.data_ptr()) % 16 == 0  # it is read by 16 bytes
+    few = call.m <= 8 and call.x_dtype not in (I8, E4M3) and whole
+    if (
+        call.rank and call.x_dtype != F32 and not few and not call.exact_branch
+    ):  # both sides of the branch are rounded to 16 bits
         branch = call.args["hidden"].double().abs() @ call.args["up"].double().abs().T
         if call.gates:
             branch = branch * call.args["gate"].double().abs().repeat_interleave(call.m // call.gates, 0)
@@ -173,5 +179,5 @@ def assert_close(call: Call, out: Tensor) -> None:
     bound = slack + EPSILON[call.dtype] * (true.abs() + slack) + TINY[call.dtype]
     error = (out.double() - true).abs()
     assert out.isfinite().all() and (error <= bound).all(), f"{(error / bound).max():.3g} of the bound"
-    if out.numel() >= 500:
+    if out.numel() >= 500 and (call.rank == 0 or call.exact_branch):
         assert (error.norm() / true.norm()).item() < 2e-3

@@ -220,6 +220,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(test, "ptx_byte_permute", &rfk::test::ptx_byte_permute);
   def(test, "ptx_cp_async", &rfk::test::ptx_cp_async);
   def(test, "ptx_exp2", &rfk::test::ptx_exp2);
+  def(test, "ptx_fma_pair", &rfk::test::ptx_fma_pair);
   def(test, "ptx_ldmatrix", &rfk::test::ptx_ldmatrix);
   def(test, "ptx_lop3", &rfk::test::ptx_lop3);
   def(test, "ptx_mma_fragments", &rfk::test::ptx_mma_fragments);

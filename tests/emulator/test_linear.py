@@ -33,7 +33,9 @@ def check(emulated, *args, **kwargs):
 @pytest.fixture(params=TILES)
 def tile(request, emulated):
     emulated.set_processors(TILES[request.param])
-    assert all(emulated.linear_tile(M, N, TILES[request.param], bool(half)) == request.param for half in (0, 1))
+    assert all(
+        emulated.linear_tile(M, N, TILES[request.param], bool(half)) == request.param for half in (0, 1)
+    )
     yield request.param
     emulated.set_processors(1)
 
@@ -49,7 +51,9 @@ def test_emulated_tiles(emulated, tile, kind):
 @pytest.mark.parametrize("m", [1, 5, 70])
 def test_emulated_groups_of_four_bit_codes(emulated, m, dtype, zero, groups):
     k = 224 if groups != 3 else 288
-    check(emulated, m, 40, k, dtype, "int4", groups=groups, zero=zero, scale_dtype=F32 if groups == 7 else dtype)
+    check(
+        emulated, m, 40, k, dtype, "int4", groups=groups, zero=zero, scale_dtype=F32 if groups == 7 else dtype
+    )
 
 
 @pytest.mark.parametrize("k, groups", [(256, 4), (256, 8), (256, 2), (160, 5), (192, 2)])
@@ -86,13 +90,14 @@ def test_emulated_strided_and_unaligned(emulated, kind, m):
 def test_emulated_low_rank_branch(emulated, kind, rank):
     for m in (2, 18):
         check(emulated, m, 40, 64, *kind, rank=rank)
+        check(emulated, m, 40, 64, *kind, rank=rank, exact_branch=True)
 
 
 @pytest.mark.parametrize("up_dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("x_dtype", [I8, BF16, F16, F32], ids=str)
 def test_emulated_dtypes_of_the_low_rank_branch(emulated, tile, x_dtype, up_dtype):
     storage = "int8" if x_dtype == I8 else "floating"
-    check(emulated, M, N, 64, x_dtype, storage, rank=72, up_dtype=up_dtype, dtype=F32)
+    check(emulated, M, N, 64, x_dtype, storage, rank=72, up_dtype=up_dtype, dtype=F32, exact_branch=True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -103,7 +108,18 @@ def test_emulated_epilogue(emulated, m, x_dtype, activation):
     storage = "int8" if x_dtype == I8 else "floating"
     every = {"bias": wide, "gates": 3, "gate": wide, "residual": wide, "rank": 8}
     for n in (40, 37):
-        check(emulated, m, n, 64, x_dtype, storage, activation=activation, dtype=wide, **every)
+        check(
+            emulated,
+            m,
+            n,
+            64,
+            x_dtype,
+            storage,
+            activation=activation,
+            dtype=wide,
+            exact_branch=True,
+            **every,
+        )
 
 
 @pytest.mark.parametrize("table", [F32, F16, BF16], ids=str)
@@ -153,7 +169,9 @@ def test_emulated_every_four_bit_code(emulated, m, dtype, code):
     assert_close(call, call.run(emulated))
 
 
-@pytest.mark.parametrize("kind", [(E4M3, "e4m3"), (BF16, "e4m3"), (F16, "e4m3"), (F32, "e4m3"), (F16, "int8")])
+@pytest.mark.parametrize(
+    "kind", [(E4M3, "e4m3"), (BF16, "e4m3"), (F16, "e4m3"), (F32, "e4m3"), (F16, "int8")]
+)
 @pytest.mark.parametrize("m", [2, 10])
 def test_emulated_every_eight_bit_code(emulated, m, kind):
     call = Call(m, 256, 32, *kind, dtype=F32, scale="none")
@@ -246,6 +264,30 @@ def test_emulated_fuzzed(emulated, seed):
         assert_close(call, call.run(emulated))
     finally:
         emulated.set_processors(1)
+
+
+SHAPES = [(1, 1), (9, 3072), (64, 64), (128, 128), (1024, 1536), (4608, 16), (4608, 3072), (32760, 5120)]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_emulated_choice_of_a_tile(emulated, fp8):
+    tile = lambda m, n, processors: emulated.linear_tile(m, n, processors, fp8)
+    for processors in (1, 8, 28, 108, 132):
+        assert {tile(m, n, processors) for m, n in SHAPES} <= set(TILES)
+        assert tile(32760, 5120, processors) == "wide"  # work for every processor, many times over
+        assert tile(1, 1, processors) == tile(16, 16, processors) == "narrow"  # one block does it all
+    assert tile(4608, 3072, 8) == tile(4608, 3072, 132) == "wide"
+    assert tile(1024, 1536, 8) == "wide"
+    assert fp8 or tile(1024, 1536, 132) == "middle"  # 96 wide blocks would leave a third of 132 idle
+    assert tile(4608, 16, 132) == tile(12, 3072, 132) == "narrow"
+
+
+def test_emulated_choice_of_a_tile_fills_large_devices(emulated):
+    # The more processors, the smaller the tile, where a shape has work for few wide ones.
+    order = ["wide", "middle", "narrow"]
+    for m, n in [(512, 512), (1024, 1024), (256, 3072)]:
+        chosen = [order.index(emulated.linear_tile(m, n, 4**i, False)) for i in range(1, 6)]
+        assert chosen[-1] == 2 and chosen[-1] > chosen[0]
 
 
 def test_the_definition_is_that_of_the_op():
