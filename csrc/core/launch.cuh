@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <utility>
 
 #include "core/check.h"
@@ -30,6 +31,20 @@ class DeviceGuard {
   int previous_ = 0;
   bool changed_ = false;
 };
+
+// Multiprocessors of a device, asked for once.
+inline int processors_of(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  const bool keep = device >= 0 && device < kDevices;
+  int count = keep ? known[device].load(std::memory_order_relaxed) : 0;
+  if (count == 0) {
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+               "cudaDeviceGetAttribute");
+    if (keep) known[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
 
 // The dynamic shared memory of the block, as many bytes as its launch asked for.
 template <typename T> __device__ T* dynamic_shared() {

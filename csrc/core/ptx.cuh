@@ -122,6 +122,35 @@ template <int N> __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// prmt.b32: nibble i of `selector` names byte i of the result among a (0..3) and b (4..7); with 8 added,
+// the sign of that byte, eight times
+__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+
+// lop3.b32: every bit is the bit 4 a + 2 b + c of Table; Table = f(0xf0, 0xcc, 0xaa) for f(a, b, c)
+template <uint8_t Table> __device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(Table));
+  return d;
+}
+
+// fma.rn.f16x2: a b + c of two pairs, each rounded once, subnormals kept
+__device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// fma.rn.bf16x2
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // mma.sync.aligned: the whole warp computes d = a b + c, [16, 8] = [16, K] [K, 8] + [16, 8]. A register
 // of a and b holds neighbours along K, the first in its low bits. d may be c.
 
@@ -158,7 +187,23 @@ __device__ __forceinline__ void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], 
         "r"(c[3]));
 }
 
-// mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32; traps before sm_89, which lacks it
+namespace ptx {
+
+// Four e4m3 as two registers of f16: the bits of a magnitude are those of an f16 that is 2^-8 of it, and the
+// code of NaN is the one that carries when 1 is added.
+__device__ __forceinline__ void e4m3_to_f16(uint32_t codes, uint32_t& low, uint32_t& high) {
+  const uint32_t magnitude = codes & 0x7f7f7f7f, carries = magnitude + 0x01010101;
+  const uint32_t low_sign = byte_permute(codes, 0, 0x1404), high_sign = byte_permute(codes, 0, 0x3424);
+  low = byte_permute(magnitude, 0, 0x1404) >> 1 | (low_sign & 0x80008000);
+  high = byte_permute(magnitude, 0, 0x3424) >> 1 | (high_sign & 0x80008000);
+  low = fma_f16x2(low, 0x5c005c00, byte_permute(carries, 0, 0x9988));
+  high = fma_f16x2(high, 0x5c005c00, byte_permute(carries, 0, 0xbbaa));
+}
+
+}  // namespace ptx
+
+// mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32. sm_80, 86 and 87 lack it: there the codes become f16,
+// whose products are exact in float too.
 __device__ __forceinline__ void mma_e4m3(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                          const float (&c)[4]) {
 #if __CUDA_ARCH__ >= 890
@@ -169,7 +214,16 @@ __device__ __forceinline__ void mma_e4m3(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
         "f"(c[3]));
 #else
-  __trap();
+  // K of the two products: registers 0 and 1 of a with 0 of b, then 2 and 3 with 1
+  uint32_t first[4], second[4], other[2];
+  ptx::e4m3_to_f16(a[0], first[0], first[2]);
+  ptx::e4m3_to_f16(a[1], first[1], first[3]);
+  ptx::e4m3_to_f16(b[0], other[0], other[1]);
+  mma_f16(d, first, other, c);
+  ptx::e4m3_to_f16(a[2], second[0], second[2]);
+  ptx::e4m3_to_f16(a[3], second[1], second[3]);
+  ptx::e4m3_to_f16(b[1], other[0], other[1]);
+  mma_f16(d, second, other, d);
 #endif
 }
 
@@ -200,21 +254,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// prmt.b32: nibble i of `selector` names byte i of the result among a (0..3) and b (4..7); with 8 added,
-// the sign of that byte, eight times
-__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
-  uint32_t d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-  return d;
-}
-
-// lop3.b32: every bit is the bit 4 a + 2 b + c of Table; Table = f(0xf0, 0xcc, 0xaa) for f(a, b, c)
-template <uint8_t Table> __device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(Table));
-  return d;
 }
 
 // bar.sync: `threads` threads (whole warps) meet at barrier `id`, 1 .. 15; __syncthreads uses barrier 0

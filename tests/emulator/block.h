@@ -45,6 +45,9 @@ void run(const Launch& launch);
 // The order of blocks and warps is a function of this seed and of the launches since.
 void set_seed(uint64_t seed);
 
+// How many multiprocessors the device says it has.
+inline int processors = 1;
+
 // --- called by kernels ---
 
 // The error of the running thread: the launch ends with it.

@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <sstream>
@@ -19,6 +20,8 @@
 #include "kernels/faults.h"
 #include "kernels/math.h"
 #include "kernels/ptx.h"
+#include "linear/call.h"
+#include "linear/tile.h"
 #include "memory.h"
 #include "noise/noise.h"
 #include "norm/norm.h"
@@ -111,6 +114,33 @@ void gated_activation_quantize(Stream stream, const TensorView& codes, const Ten
                                              tensor_scale, rotation));
 }
 
+// The call that the checking half makes of its arguments.
+void linear(Stream stream, const TensorView& out, const TensorView& x, const Optional& x_scale,
+            const TensorView& weight, const Optional& weight_scale, const Optional& weight_zero,
+            const Optional& bias, const Optional& hidden, const Optional& up, const Optional& gate,
+            const Optional& residual, const Optional& out_scale, const Optional& workspace,
+            const std::string& activation) {
+  LinearCall call{out,    x,  weight, x_scale,  weight_scale, weight_zero, bias,
+                  hidden, up, gate,   residual, out_scale,    workspace};
+  constexpr const char* kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "relu2"};
+  call.epilogue = Epilogue(std::ranges::find(kNames, activation) - kNames);
+  call.m = x.shape[0], call.k = x.shape[1], call.n = weight.shape[0];
+  call.rank = hidden ? hidden->shape[1] : 0;
+  if (weight.dtype == DType::i8) call.storage = Storage::int8;
+  if (weight.dtype == DType::u8) call.storage = weight.shape[1] == call.k ? Storage::e4m3 : Storage::int4;
+  if (weight_scale) {
+    call.groups = weight_scale->ndim == 2 ? weight_scale->shape[1] : 1;
+    call.scale_per_row = weight_scale->numel() > 1 || call.n == 1;
+  }
+  linear_cuda(stream, call);
+}
+
+std::string linear_tile(int64_t m, int64_t n, int processors, bool fp8) {
+  const TileChoice choice =
+      fp8 ? choose_tile<HalfWideTile>(m, n, processors) : choose_tile<WideTile>(m, n, processors);
+  return choice == TileChoice::wide ? "wide" : choice == TileChoice::middle ? "middle" : "narrow";
+}
+
 uint64_t bytes(const std::map<size_t, uint64_t>& accesses) {
   uint64_t sum = 0;
   for (const auto& [width, count] : accesses) sum += width * count;
@@ -148,6 +178,10 @@ void rfk::ada_norm_backward_cpu(const AdaNormBackwardCall&) {
 PYBIND11_MODULE(rfkernels_emulated, m) {
   bind_traffic(m);
   m.def("set_seed", &emulator::set_seed, "The order in which blocks and warps run from now on.");
+  m.def(
+      "set_processors", [](int count) { emulator::processors = count; },
+      "How many multiprocessors the device has from now on; 1 at first.");
+  m.def("linear_tile", &linear_tile, "The tile that linear takes: wide, middle or narrow.");
 
   def(m, "activation", &activation_cuda);
   def(m, "activation_backward", &activation_backward_cuda);
@@ -161,6 +195,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "gated_residual", &gated_residual);
   def(m, "gated_residual_norm_modulate", &gated_residual_norm_modulate);
   def(m, "gated_residual_norm_modulate_quantize", &gated_residual_norm_modulate_quantize);
+  def(m, "linear", &::linear);
   def(m, "linear_combination", &linear_combination_cuda);
   def(m, "norm_modulate", &norm_modulate);
   def(m, "norm_modulate_quantize", &norm_modulate_quantize);
@@ -185,6 +220,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(test, "ptx_byte_permute", &rfk::test::ptx_byte_permute);
   def(test, "ptx_cp_async", &rfk::test::ptx_cp_async);
   def(test, "ptx_exp2", &rfk::test::ptx_exp2);
+  def(test, "ptx_fma_pair", &rfk::test::ptx_fma_pair);
   def(test, "ptx_ldmatrix", &rfk::test::ptx_ldmatrix);
   def(test, "ptx_lop3", &rfk::test::ptx_lop3);
   def(test, "ptx_mma_fragments", &rfk::test::ptx_mma_fragments);

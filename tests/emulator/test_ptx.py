@@ -270,3 +270,24 @@ def test_lop3(emulated):
     emulated.test.ptx_lop3(d, a, b, c)
     of_words = list(zip(a.tolist(), b.tolist(), c.tolist(), strict=True))
     assert d.tolist() == [[lop3(table, *abc) for abc in of_words] for table in range(256)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fma_of_pairs_rounds_once(emulated, dtype):
+    generator = torch.Generator().manual_seed(13)
+    bits = torch.randint(-(2**15), 2**15, (3, 20000), generator=generator).to(torch.int16)
+    close = torch.randn(3, 20000, generator=generator).to(dtype).view(torch.int16)
+    a, b, c = torch.cat([bits, close], 1).view(dtype)
+    packed = [v.view(torch.int16).view(torch.int32).to(torch.int64) & MASK for v in (a, b, c)]
+    d = torch.zeros(20000, dtype=torch.int64)
+    emulated.test.ptx_fma_pair(d, *packed, dtype == torch.bfloat16)
+    out = d.to(torch.int32).view(dtype).double()
+    exact = a.double() * b.double() + c.double()
+    expected = exact.to(dtype).double()
+    assert torch.equal(out.isnan(), expected.isnan())
+    finite = expected.isfinite() & out.isfinite()
+    assert torch.equal(out[~finite & ~out.isnan()], expected[~finite & ~out.isnan()])
+    # torch goes through float: where that rounds twice, one of the two nearest numbers is as good
+    nearer = (out - exact).abs() <= (expected - exact).abs()
+    assert nearer[finite].all()
+    assert (out == expected)[finite].double().mean() > 0.999

@@ -152,6 +152,25 @@ template <typename T> uint32_t add_pair(uint32_t a, uint32_t b) {
   return sum(0) | sum(16) << 16;
 }
 
+// v as a float of which a rounding to fewer bits gives what that of v would: a last bit that is odd where v
+// was not exact.
+inline float rounded_to_odd(double v) {
+  const float nearest = float(v);
+  if (double(nearest) == v || !(std::fabs(nearest) < INFINITY)) return nearest;
+  const bool above = std::fabs(double(nearest)) > std::fabs(v);
+  return std::bit_cast<float>((std::bit_cast<uint32_t>(nearest) - above) | 1);
+}
+
+// Products of 16-bit numbers are exact in double; a sum is where its terms are within 2^31 of each other, and
+// beyond that the smaller one is below the last bit of the result by far.
+template <typename T> uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  const auto one = [&](int shift) -> uint32_t {
+    const double x = load(T{uint16_t(a >> shift)}), y = load(T{uint16_t(b >> shift)});
+    return store<T>(rounded_to_odd(x * y + double(load(T{uint16_t(c >> shift)})))).bits;
+  };
+  return one(0) | one(16) << 16;
+}
+
 }  // namespace ptx
 
 __forceinline__ int lane_id() { return emulator::lane(); }
@@ -248,6 +267,11 @@ template <uint8_t Table> __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, u
     result |= uint32_t(Table >> at & 1) << bit;
   }
   return result;
+}
+
+__forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) { return ptx::fma_pair<f16>(a, b, c); }
+__forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return ptx::fma_pair<bf16>(a, b, c);
 }
 
 inline void named_barrier_sync(int id, int threads, emulator::Where at = emulator::Where::current()) {

@@ -126,6 +126,14 @@ __global__ void byte_permute_kernel(int64_t* d, const int64_t* a, const int64_t*
   if (i < n) d[i] = byte_permute(uint32_t(a[i]), uint32_t(b[i]), uint32_t(selector[i]));
 }
 
+__global__ void fma_pair_kernel(int64_t* d, const int64_t* a, const int64_t* b, const int64_t* c, int64_t n,
+                                bool is_bf16) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const uint32_t x = uint32_t(a[i]), y = uint32_t(b[i]), z = uint32_t(c[i]);
+  d[i] = is_bf16 ? fma_bf16x2(x, y, z) : fma_f16x2(x, y, z);
+}
+
 template <int... Table>
 __device__ void every_lop3(int64_t* d, int64_t n, uint32_t a, uint32_t b, uint32_t c,
                            std::integer_sequence<int, Table...>) {
@@ -200,6 +208,12 @@ void ptx_byte_permute(Stream stream, const TensorView& d, const TensorView& a, c
                       const TensorView& selector) {
   launch("ptx_byte_permute", byte_permute_kernel, blocks_of_32(d.numel()), dim3(32), 0, cudaStream_t(stream),
          d.ptr<int64_t>(), a.ptr<int64_t>(), b.ptr<int64_t>(), selector.ptr<int64_t>(), d.numel());
+}
+
+void ptx_fma_pair(Stream stream, const TensorView& d, const TensorView& a, const TensorView& b,
+                  const TensorView& c, bool is_bf16) {
+  launch("ptx_fma_pair", fma_pair_kernel, blocks_of_32(d.numel()), dim3(32), 0, cudaStream_t(stream),
+         d.ptr<int64_t>(), a.ptr<int64_t>(), b.ptr<int64_t>(), c.ptr<int64_t>(), d.numel(), is_bf16);
 }
 
 void ptx_lop3(Stream stream, const TensorView& d, const TensorView& a, const TensorView& b,

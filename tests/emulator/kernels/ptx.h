@@ -6,7 +6,7 @@
 
 // Kernels that do one thing each with the functions of core/ptx.cuh, for tests/emulator/test_ptx.py:
 // ptx_mma_fragments, ptx_mma_product, ptx_ldmatrix, ptx_stmatrix, ptx_cp_async, ptx_red_add, ptx_exp2,
-// ptx_byte_permute, ptx_lop3. A 32-bit register of a lane is an i64 element. `format` is f16,
+// ptx_byte_permute, ptx_fma_pair, ptx_lop3. A 32-bit register of a lane is an i64 element. `format` is f16,
 // bf16, s8 or e4m3.
 
 namespace rfk::test {
@@ -42,6 +42,10 @@ void ptx_exp2(Stream stream, const TensorView& y, const TensorView& x);
 // d = byte_permute(a, b, selector). All: i64[n].
 void ptx_byte_permute(Stream stream, const TensorView& d, const TensorView& a, const TensorView& b,
                       const TensorView& selector);
+
+// d = fma_f16x2(a, b, c) or fma_bf16x2(a, b, c). All: i64[n].
+void ptx_fma_pair(Stream stream, const TensorView& d, const TensorView& a, const TensorView& b,
+                  const TensorView& c, bool is_bf16);
 
 // d[table] = lop3<table>(a, b, c) for every table. d: i64[256, n]; a, b, c: i64[n].
 void ptx_lop3(Stream stream, const TensorView& d, const TensorView& a, const TensorView& b,

@@ -1,0 +1,16 @@
+#include "linear/kernels.h"
+#include "linear/mma.cuh"
+
+namespace rfk {
+
+void linear_bf16_mma(Stream stream, const LinearArgs& args) {
+  const auto s = cudaStream_t(stream);
+  switch (args.storage) {
+    case Storage::floating: return launch_mma<Floating<bf16, Storage::floating>>(s, args);
+    case Storage::int8: return launch_mma<Floating<bf16, Storage::int8>>(s, args);
+    case Storage::e4m3: return launch_mma<Floating<bf16, Storage::e4m3>>(s, args);
+    case Storage::int4: return launch_mma<Floating<bf16, Storage::int4>>(s, args);
+  }
+}
+
+}  // namespace rfk
