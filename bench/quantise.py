@@ -64,7 +64,8 @@ def page() -> str:
         f"{machine.now()}, commit {at}, torch {torch.__version__}, `python -m bench.quantise`",
         "Without calibration; velocity: relative L2 of the first step; picture: root mean square of the "
         f"difference of four pictures after {STEPS} steps, on a scale from -1 to 1.",
-        "| method | bytes | velocity | picture | worst layer | dB |\n| --- | ---: | ---: | ---: | --- | ---: |",
+        "| method | bytes | velocity | picture | worst layer | dB |\n"
+        "| --- | ---: | ---: | ---: | --- | ---: |",
     ]
     for method, report, velocity, picture in results:
         worst = report.worst
