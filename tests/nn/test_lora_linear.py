@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rfkernels.adapters.base import Adapter, Factors
-from rfkernels.nn import LoRALinear, run_linear
+from rfkernels.nn import LoRALinear, QuantLinear, run_linear
 from tests.adapters.layers import Running, close, layer, randn
 
 OUT, IN = 10, 12
@@ -216,3 +216,26 @@ def test_refusals():
     with pytest.raises(ValueError, match="strengths of DoRA must be one per slot"):
         module.write(torch.ones(3, 1))
         module.load(0, factors(2, 1, column_scale=torch.ones(OUT)))
+
+
+@pytest.mark.parametrize("format", [None, "int8-convrot", "w4a16", "svdq-int4"])
+def test_adapters_train_beside_a_frozen_base(format):
+    torch.manual_seed(0)
+    base = torch.nn.Linear(64, 48).requires_grad_(False)
+    if format:
+        base = QuantLinear.from_linear(base, format, **({"group": 32} if format == "w4a16" else {}))
+    layer = LoRALinear(base, [4])
+    layer.load(0, Factors(torch.randn(4, 64) / 8, torch.zeros(48, 4)))
+    layer.write(strength=torch.ones(1))
+    layer.down.requires_grad_()
+    layer.up.requires_grad_()
+    x, target = torch.randn(32, 64, requires_grad=True), torch.randn(32, 48)
+    optimizer = torch.optim.Adam([layer.down, layer.up], 1e-2)
+    losses = []
+    for _ in range(30):
+        loss = (layer(x, activation="silu") - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0] and x.grad.abs().sum() > 0
