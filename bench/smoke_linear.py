@@ -10,6 +10,8 @@ from rfkernels import ops
 
 # tokens, inputs, outputs: few tokens; ragged edges of tiles; several tiles; narrow
 SHAPES = ((1, 128, 40), (7, 96, 33), (131, 64, 130), (66, 160, 12))
+# on a GPU of about 100 multiprocessors the tiles of 64 x 64 and of 128 x 128 (csrc/linear/tile.h)
+GPU_SHAPES = ((1000, 64, 1500), (1100, 96, 1500))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RANK = 5
 
@@ -18,7 +20,8 @@ Results = Iterator[tuple[str, Tensor, Tensor, float]]  # name, ours, the definit
 
 def results(device: str) -> Results:
     """Every format with every epilogue."""
-    for (m, k, n), dtype in product(SHAPES, DTYPES):
+    shapes = SHAPES + GPU_SHAPES * (device != "cpu")
+    for (m, k, n), dtype in product(shapes, DTYPES):
         generator = torch.Generator().manual_seed(m)
 
         def draw(*shape: int, dtype: torch.dtype = dtype, generator=generator) -> Tensor:

@@ -97,11 +97,4 @@ __device__ __forceinline__ void decode_int4_to_int8(uint32_t codes, uint32_t& ev
   odd = lop3<kAndXor>(codes, 0xf0f0f0f0, 0x80808080);
 }
 
-// One code of e4m3
-__device__ inline float value_of_e4m3(uint8_t code) {
-  const uint32_t magnitude = uint32_t(code & 0x7f) << 20, sign = uint32_t(code & 0x80) << 24;
-  const float value = std::bit_cast<float>(magnitude) * 0x1p120f;
-  return (code & 0x7f) == 0x7f ? NAN : std::bit_cast<float>(std::bit_cast<uint32_t>(value) | sign);
-}
-
 }  // namespace rfk

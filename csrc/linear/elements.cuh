@@ -1,6 +1,6 @@
 #pragma once
 
-#include "linear/decode.cuh"
+#include "core/quantize.h"
 #include "linear/epilogue.cuh"
 
 // Operands one element at a time, of every storage, as float or double.
@@ -10,7 +10,7 @@ namespace rfk {
 template <typename A> __device__ A x_at(const LinearArgs& args, int row, int k) {
   const int64_t at = row * args.x.stride + k;
   if (args.x_storage == Storage::int8) return A(static_cast<const int8_t*>(args.x.data)[at]);
-  if (args.x_storage == Storage::e4m3) return A(value_of_e4m3(static_cast<const uint8_t*>(args.x.data)[at]));
+  if (args.x_storage == Storage::e4m3) return A(decode_e4m3(static_cast<const uint8_t*>(args.x.data)[at]));
   return number_at<A>(args.x, at);
 }
 
@@ -20,7 +20,7 @@ template <typename A> __device__ A weight_at(const LinearArgs& args, int row, in
   if (args.storage == Storage::floating) return number_at<A>(w, row * w.stride + k);
   if (args.storage == Storage::int8) return A(static_cast<const int8_t*>(w.data)[row * w.stride + k]);
   if (args.storage == Storage::e4m3)
-    return A(value_of_e4m3(static_cast<const uint8_t*>(w.data)[row * w.stride + k]));
+    return A(decode_e4m3(static_cast<const uint8_t*>(w.data)[row * w.stride + k]));
   const int code = static_cast<const uint8_t*>(w.data)[row * w.stride + k / 2] >> 4 * (k % 2) & 15;
   const int64_t at = int64_t(row) * args.groups + k / args.group;
   const bool integer = args.weight_zero.data && args.weight_zero.dtype == DType::u8;

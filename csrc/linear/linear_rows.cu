@@ -1,5 +1,6 @@
 #include <type_traits>
 
+#include "linear/decode.cuh"
 #include "linear/elements.cuh"
 #include "linear/kernels.h"
 

@@ -15,6 +15,7 @@ F64, F32, F16, BF16, I8, E4M3 = (
     torch.int8,
     torch.float8_e4m3fn,
 )
+AS_THEY_ARE = ("as they are", 0)  # tokens and rotation of the definition: nothing is quantised here
 # (dtype of x, storage of the weight): what has a kernel of its own
 TENSOR_CORE_KINDS = [
     (I8, "int8"),
@@ -123,7 +124,7 @@ class Call:
         """The definition in float64, of the numbers that the kernels multiply."""
         args = dict(self.args)
         args = {name: t.double() if self._is_number(name, t) else t for name, t in args.items()}
-        return linear_reference(*args.values(), self.activation, I8 if self.codes else F64)
+        return linear_reference(*args.values(), *AS_THEY_ARE, self.activation, I8 if self.codes else F64)
 
     def _is_number(self, name: str, t: Tensor | None) -> bool:
         return t is not None and t.dtype != torch.uint8
@@ -141,7 +142,7 @@ class Call:
             elif extra is not None:
                 args["weight_scale"] = 2 * args["weight_scale"]
         args["out_scale"] = None
-        return linear_reference(*args.values(), "none", F64)
+        return linear_reference(*args.values(), *AS_THEY_ARE, "none", F64)
 
 
 EPSILON = {F64: 2.0**-53, F32: 2.0**-24, F16: 2.0**-11, BF16: 2.0**-8}

@@ -7,6 +7,7 @@ import torch
 
 from rfkernels.ops.linear import linear_reference
 from tests.emulator.linear_calls import (
+    AS_THEY_ARE,
     BF16,
     E4M3,
     F16,
@@ -294,4 +295,4 @@ def test_the_definition_is_that_of_the_op():
     call = Call(5, 7, 16, BF16, bias=F32)
     x, weight, bias = (call.args[name].double() for name in ("x", "weight", "bias"))
     assert torch.equal(call.true(), x @ weight.T + bias)
-    assert linear_reference(*call.args.values(), "none", BF16).dtype == BF16
+    assert linear_reference(*call.args.values(), *AS_THEY_ARE, "none", BF16).dtype == BF16
