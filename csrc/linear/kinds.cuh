@@ -1,7 +1,7 @@
 #pragma once
 
 #include "linear/decode.cuh"
-#include "linear/tile.h"
+#include "linear/tile_choice.h"
 
 // The kinds of operands that a tensor core multiplies, and how a lane takes its part of a slab from shared
 // memory: 64 bytes of every row of x, and the same inputs of every row of the weight. Lane 4 g + t takes the

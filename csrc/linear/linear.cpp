@@ -47,12 +47,17 @@ void check_weight(LinearCall& c) {
         x, " and weight ", w);
 }
 
+// Integer sums and their offset stay below 2^31.
+constexpr int64_t kMostInputs = 1 << 16;
+
 void check_scales(LinearCall& c) {
   const DType wide = acc_of(c.x.dtype);
   check(!c.x_scale == is_floating(c.x.dtype), kOp,
         ": x_scale must be given for codes and only for them, got x ", c.x, " and x_scale ", c.x_scale);
   check(!c.x_scale || (c.x_scale->dtype == DType::f32 && is_vector(*c.x_scale, c, c.m)), kOp,
         ": x_scale must be contiguous f32[", c.m, "], one per row of x, got ", c.x_scale);
+  check(c.x.dtype != DType::i8 || c.k <= kMostInputs, kOp, ": int8 x must have at most ", kMostInputs,
+        " inputs, got ", c.x);
   const bool needs = c.storage == Storage::int8 || c.storage == Storage::int4;
   check(c.weight_scale || !needs, kOp, ": weight_scale must be given for a weight ", c.weight);
   if (c.weight_scale) {

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "linear/stage.cuh"
-#include "linear/tile.h"
+#include "linear/tile_choice.h"
 
 // The product on tensor cores: a block computes a tile of the result, in slabs of 64 bytes of a row of x that
 // pass through a pipeline of stages in shared memory.

@@ -21,7 +21,7 @@
 #include "kernels/math.h"
 #include "kernels/ptx.h"
 #include "linear/call.h"
-#include "linear/tile.h"
+#include "linear/tile_choice.h"
 #include "memory.h"
 #include "noise/noise.h"
 #include "norm/norm.h"

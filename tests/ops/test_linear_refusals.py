@@ -55,6 +55,15 @@ def call(x=X, weight=W, out=None, **named):
             {"x": X.to(torch.int8), "weight": CODES, "weight_scale": ONE, "x_scale": torch.ones(5)},
             r"x_scale must be contiguous f32\[6\]",
         ),
+        (
+            {
+                "x": torch.zeros(1, 65537, dtype=torch.int8),
+                "weight": torch.zeros(1, 65537, dtype=torch.int8),
+                "weight_scale": ONE,
+                "x_scale": ONE,
+            },
+            "at most 65536 inputs",
+        ),
         ({"bias": torch.zeros(9)}, r"bias must be contiguous \[10\]"),
         ({"bias": torch.zeros(10, dtype=torch.float16)}, "bias must be f32 or of the dtype of out or x"),
         ({"gate": torch.zeros(4, 10)}, "gate must be .* divisor of 6 rows"),
