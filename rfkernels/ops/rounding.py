@@ -175,7 +175,7 @@ def merge_low_rank(
     if scale is not None:
         columns = columns * (scale.to(wide) if isinstance(scale, Tensor) else scale)
     dtype = weight.dtype if rounding == "nearest" else wide
-    total = linear(columns, down.to(wide).T.contiguous(), residual=weight, dtype=dtype)
+    total = linear(columns, down.to(wide).T.contiguous(), residual=weight.to(dtype), dtype=dtype)
     return total if total.dtype == weight.dtype else stochastic_round(total, weight.dtype, seed=seed)
 
 
