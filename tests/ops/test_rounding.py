@@ -55,6 +55,18 @@ def test_bits_of_the_definition(dtype, device):
             assert_same_bits(run(x, dtype, seed, c, device), expected)
 
 
+@every_kernel
+@pytest.mark.parametrize(("dtype", "step"), [(F16, 2.0**-24), (E4M3, 2.0**-9), (torch.int8, 1.0)], ids=str)
+def test_sums_on_the_grid(dtype, step, device):
+    """x / s + u is 0 or 1 to the bit, and one unit of u below: the floor is that integer, or one less."""
+    u = (ops.noise.philox_words(1000, torch.tensor([[5 - 2**63, 0, 0]]))[0] >> 8).float() * 2.0**-24
+    unit = torch.where((u > 0) & (u < 1), 2.0**-24, 0)
+    for sum, x in ((0, -u), (1, 1 - u)):
+        assert (run(step * x, dtype, 5, None, device).float() == step * sum).all()
+        below = (run(step * (x - unit), dtype, 5, None, device).float() / step)[unit > 0]
+        assert (below == sum - 1).all()
+
+
 @every_device
 def test_bits_are_the_same_everywhere(device):
     x = torch.arange(-5000, 5003, device=device) * 0.001003
