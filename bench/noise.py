@@ -1,4 +1,4 @@
-"""Noise: `philox_normal` against `torch.randn`, `renoise` against randn and the formula."""
+"""Noise: `philox_normal` against `torch.randn`, `renoise` and `stochastic_round` against the formulas."""
 
 from collections.abc import Iterator
 
@@ -13,13 +13,15 @@ FULL = [
     ("philox_normal", MODELS, ("f32",)),
     ("renoise", {k: SIZES[k] for k in ("1M", "16M")}, ("f32", "bf16")),
     ("renoise", {"FLUX 1024x1024": MODELS["FLUX 1024x1024"]}, ("f32",)),
+    ("stochastic_round", {k: SIZES[k] for k in ("1M", "16M")}, ("bf16",)),
 ]
 QUICK = [("philox_normal", {"1M": SIZES["1M"]}, ("f32",)), ("renoise", {"1M": SIZES["1M"]}, ("f32",))]
+QUICK += [("stochastic_round", {"1M": SIZES["1M"]}, ("bf16",))]
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
     """The room's cases; the sides draw different noise, so their results are not compared."""
-    make = {"philox_normal": _philox, "renoise": _renoise}
+    make = {"philox_normal": _philox, "renoise": _renoise, "stochastic_round": _stochastic_round}
     for op, shapes, dtypes in QUICK if quick else FULL:
         for label, shape in shapes.items():
             for dtype in dtypes:
@@ -68,5 +70,27 @@ def _renoise(label: str, shape: tuple[int, ...], dtypes: str, device: str) -> Ca
         ours=lambda out, x: renoise(x, k, c, keys, out=out),
         formula=lambda x: pk * x + pc * torch.randn_like(x),
         formula_out=formula_out,
+        tolerance=0.0,
+    )
+
+
+def _stochastic_round(label: str, shape: tuple[int, ...], dtypes: str, device: str) -> Case:
+    from rfkernels.ops import stochastic_round
+
+    def formula(x: Tensor) -> Tensor:  # a carry out of the digits that bfloat16 drops rounds up
+        noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
+        return noise.add_(x.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32).to(torch.bfloat16)
+
+    return Case(
+        room="noise",
+        op="stochastic_round",
+        label=label,
+        shape=shape,
+        dtypes=dtypes,
+        bytes_moved=nbytes(torch.Size(shape).numel(), torch.float32, torch.bfloat16),  # x -> out
+        inputs=lambda: (random_tensor(shape, torch.float32, device, 3),),
+        ours=lambda out, x: stochastic_round(x, torch.bfloat16, seed=0),
+        formula=formula,
+        has_out=False,
         tolerance=0.0,
     )

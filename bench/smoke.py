@@ -79,6 +79,13 @@ def results(
         ),
         "philox_normal": (ops.philox_normal(shape, keys, dtype=state), z),
         "renoise": (ops.renoise(x, a, b, keys), _rows(d["a"], x) * d["x"] + _rows(d["b"], x) * z),
+        **{
+            f"stochastic_round to {dtype}": (
+                ops.stochastic_round(x, dtype, seed=7, scale=0.01 + a.abs()).float(),
+                ops.stochastic_round_reference(x.float(), 0.01 + a.abs(), dtype, 7).double(),
+            )
+            for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
+        },
     }
 
 

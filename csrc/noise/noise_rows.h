@@ -4,16 +4,18 @@
 #include "core/rows.h"
 #include "noise/philox.h"
 
-// noise_rows: out[b, i] = f(i', z) with z = noise of sample b at element i and i' its index in the
-// whole tensor. An op holds `Row row(RowIndex)`, and Row `A operator()(int64_t at, float z)`.
+// noise_rows: out[b, i] = f(i', z) with z what sample b draws at element i and i' its index in the whole
+// tensor. An op names its `Draw`, float (normal) or uint32_t (a word), and holds `Row row(RowIndex)`, and Row
+// `T operator()(int64_t at, Draw z)`; the keys hold `NoiseKey of(int64_t sample)`.
 // NoiseRowsCpu (noise_rows_cpu.h) and NoiseRowsCuda (noise_rows.cuh) are the loops.
 
 namespace rfk {
 
 // The noise itself.
 template <typename T> struct PhiloxNormal {
+  using Draw = float;
   struct Row {
-    RFK_HD acc_t<T> operator()(int64_t, float z) const { return z; }
+    RFK_HD T operator()(int64_t, float z) const { return store<T>(z); }
   };
   RFK_HD Row row(RowIndex) const { return {}; }
 };
@@ -21,13 +23,14 @@ template <typename T> struct PhiloxNormal {
 // k x + c z: noise added to a state, e.g. from sigma_a up to sigma_b by k = (1 - sigma_b) / (1 - sigma_a),
 // c = sqrt(sigma_b^2 - k^2 sigma_a^2).
 template <typename T> struct Renoise {
+  using Draw = float;
   const T* x;
   RowScalar<acc_t<T>> k, c;
 
   struct Row {
     const T* x;
     acc_t<T> k, c;
-    RFK_HD acc_t<T> operator()(int64_t at, float z) const { return k * load(x[at]) + c * acc_t<T>(z); }
+    RFK_HD T operator()(int64_t at, float z) const { return store<T>(k * load(x[at]) + c * acc_t<T>(z)); }
   };
   RFK_HD Row row(RowIndex r) const { return {x, k.at(r), c.at(r)}; }
 };

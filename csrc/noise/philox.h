@@ -65,14 +65,20 @@ struct NoiseKey {
   uint32_t seed_low, seed_high, sample, step;
 };
 
-inline constexpr int kNormalsPerBlock = 4;
+inline constexpr int kDrawsPerBlock = 4;
 
-// Elements 4 block .. 4 block + 3 of the noise of one sample.
-RFK_HD void normals(const NoiseKey& key, uint64_t block, float (&z)[kNormalsPerBlock]) {
-  uint32_t c[4] = {uint32_t(block), uint32_t(block >> 32), key.sample, key.step};
-  philox4x32(c, key.seed_low, key.seed_high);
-  const Pair p = box_muller(c[0], c[1]), q = box_muller(c[2], c[3]);
-  z[0] = p.first, z[1] = p.second, z[2] = q.first, z[3] = q.second;
+// Elements 4 block .. 4 block + 3 of one sample: its words,
+RFK_HD void draw(const NoiseKey& key, uint64_t block, uint32_t (&words)[kDrawsPerBlock]) {
+  words[0] = uint32_t(block), words[1] = uint32_t(block >> 32), words[2] = key.sample, words[3] = key.step;
+  philox4x32(words, key.seed_low, key.seed_high);
+}
+
+// or its noise.
+RFK_HD void draw(const NoiseKey& key, uint64_t block, float (&normals)[kDrawsPerBlock]) {
+  uint32_t words[kDrawsPerBlock];
+  draw(key, block, words);
+  const Pair p = box_muller(words[0], words[1]), q = box_muller(words[2], words[3]);
+  normals[0] = p.first, normals[1] = p.second, normals[2] = q.first, normals[3] = q.second;
 }
 
 // The keys of a call, i64[batch, 3] with strides.

@@ -21,7 +21,7 @@ from rfkernels.adapters.lora import concatenate, truncate
 from rfkernels.adapters.requantize import requantize
 from rfkernels.adapters.state import State, state_of
 from rfkernels.nn import LoRALinear, QuantLinear
-from rfkernels.ops.rounding import round_to
+from rfkernels.ops.rounding import merge_low_rank, round_to
 
 __all__ = ["combine_adapters", "merge_lora", "unmerge_lora"]
 
@@ -107,7 +107,7 @@ def merged_weight(layer: LoRALinear, chosen: Tensor, path: str = "") -> tuple[Te
     total = start
     if layer.column_table is not None:
         total = (1 + strength @ layer.column_table)[:, None].to(start) * start
-    total = total + (wide(layer.up) * columns).to(start) @ layer.down.to(start)
+    total = merge_low_rank(total, layer.down, layer.up, columns)
     bias = None if bias is None else bias.to(start)
     if layer.bias_table is not None:
         added = (strength @ layer.bias_table).to(start)

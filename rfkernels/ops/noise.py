@@ -74,10 +74,7 @@ def philox_normal(shape: Sequence[int], keys: Tensor, *, dtype: torch.dtype = to
 def philox_normal_reference(shape: Sequence[int], keys: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The definition of `philox_normal` in plain torch: integers exactly, Box-Muller in float64."""
     batch, size = shape[0], torch.Size(shape[1:]).numel()
-    blocks = torch.arange((size + 3) // 4, dtype=torch.int64, device=keys.device)
-    seed, sample, step = (k.view(batch, 1) for k in keys.unbind(1))
-    counter = [blocks & _WORD, blocks >> 32, sample & _WORD, step & _WORD]
-    words = _philox4x32([c.expand(batch, len(blocks)) for c in counter], seed & _WORD, (seed >> 32) & _WORD)
+    words = _blocks(size, keys)
     normals = []
     for a, b in (words[:2], words[2:]):
         radius = (-2 * torch.log((a.double() + 0.5) / 2**32)).sqrt()
@@ -86,7 +83,21 @@ def philox_normal_reference(shape: Sequence[int], keys: Tensor, dtype: torch.dty
     return torch.stack(normals, -1).view(batch, -1)[:, :size].reshape(tuple(shape)).to(dtype)
 
 
+def philox_words(size: int, keys: Tensor) -> Tensor:
+    """The words behind the noise, int64 `[batch, size]`: element i is word i % 4 of block i / 4."""
+    return torch.stack(_blocks(size, keys), -1).flatten(1)[:, :size]
+
+
 _WORD = 2**32 - 1
+
+
+def _blocks(size: int, keys: Tensor) -> list[Tensor]:
+    """The four words of each block, int64 `[batch, blocks]`."""
+    blocks = torch.arange((size + 3) // 4, dtype=torch.int64, device=keys.device)
+    seed, sample, step = (k.view(len(keys), 1) for k in keys.unbind(1))
+    counter = [blocks & _WORD, blocks >> 32, sample & _WORD, step & _WORD]
+    counter = [c.expand(len(keys), len(blocks)) for c in counter]
+    return _philox4x32(counter, seed & _WORD, (seed >> 32) & _WORD)
 
 
 def _philox4x32(c: list[Tensor], k0: Tensor, k1: Tensor) -> list[Tensor]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from rfkernels.adapters.load import load_lora, set_adapters, unload_lora
 from rfkernels.adapters.merge import merge_lora, unmerge_lora
+from rfkernels.adapters.requantize import requantize
 from rfkernels.nn import LoRALinear, QuantLinear
 from rfkernels.quantization.model import quantize
 from tests.adapters.dialects import assert_untouched, low_rank, modules_and_bits, randn
@@ -101,6 +102,18 @@ def test_stochastic_merge_has_the_mean(case):
         (model["fc"].dequantized() - start).norm() / wanted.norm() / (OUT * IN) ** 0.5 / seeds**0.5
     )
     assert abs(share - 1) < 4 * spread + 0.02
+
+
+@pytest.mark.parametrize("case", ["int8", "fp8", "fp8 tensor"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_nan_in_a_new_weight_shows(case, rounding):
+    """int8 has no NaN: the scale of the row carries it."""
+    layer = quantised(case)["fc"]
+    weight = layer.dequantized()
+    weight[3, 5] = torch.nan
+    requantize(layer, weight, rounding)
+    rows = layer.dequantized().isnan()
+    assert rows[3].all() and (case == "fp8 tensor" or rows.sum() == IN)
 
 
 def test_dora_and_differences_beside_codes():

@@ -203,6 +203,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "qkv_norm_rope", &qkv_norm_rope_cuda);
   def(m, "qkv_norm_rope_backward", &qkv_norm_rope_backward_cuda);
   def(m, "renoise", &renoise_cuda);
+  def(m, "stochastic_round", &stochastic_round_cuda);
   def(m, "taylor_step", &taylor_step_cuda);
   def(m, "timestep_embedding", &timestep_embedding_cuda);
 

@@ -51,6 +51,29 @@ def test_noise_kernel_gives_the_bits_of_the_cpu(emulated, shape, dtype):
     assert torch.equal(out, ops.philox_normal(shape, keys, dtype=dtype))
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 7), (3, 1001), (4, 1024)], ids=str)
+@pytest.mark.parametrize(
+    ("grid", "dtype"),
+    [
+        ("bf16", BF16),
+        ("f16", F16),
+        ("e4m3", torch.float8_e4m3fn),
+        ("e5m2", torch.float8_e5m2),
+        ("int8", torch.int8),
+        ("uint8", torch.uint8),
+    ],
+)
+def test_emulated_rounding_gives_the_bits_of_the_cpu(emulated, grid, dtype, shape, scaled):
+    make = Make(shape, F32, F32, "cpu")
+    x, scale = make.x * 10, 0.01 + make.tensor((shape[0], 1), F32).abs() if scaled else None
+    out = torch.full(shape, 99.0).to(dtype)
+    bits = torch.int16 if dtype.itemsize == 2 else torch.uint8
+    emulated.stochastic_round(out.view(torch.uint8) if grid[0] == "e" else out, x, scale, 2**40 + 17, grid)
+    expected = ops.stochastic_round(x, dtype, seed=2**40 + 17, scale=scale)
+    assert torch.equal(out.view(bits), expected.view(bits))
+
+
 def test_every_cuda_file_has_run_somewhere(emulated):
     # An op whose CUDA half is not bound in tests/emulator/module.cpp has run nowhere; one for Hopper alone
     # cannot run here and needs a record of a GPU run that names its file.
