@@ -14,8 +14,8 @@ LEGEND = (
 )
 
 PRODUCT_LEGEND = (
-    "Two operations a multiplication; roof: the same arithmetic from panels in the first cache, timed in "
-    "the same rounds; beside it: how many times faster ours is than each peer (below 1: slower), all "
+    "Two operations a multiplication; roof: the same arithmetic from panels in the first cache (GB/s: a copy), "
+    "timed in the same rounds; beside it: how many times faster ours is than each peer (below 1: slower), all "
     "allocating the result."
 )
 
@@ -60,7 +60,7 @@ def case_line(result: CaseResult) -> str:
     """One case as a line of the table."""
     if "*" in result.skipped:
         return _line((title(result), result.cache, f"left out: {result.skipped['*']}"))
-    if result.operations:
+    if is_product(result):
         return "\n    ".join(product_cells(result))
     return _line(cells(result))
 
@@ -68,11 +68,20 @@ def case_line(result: CaseResult) -> str:
 PRODUCT_COLUMNS = ("case", "ours", "beside it")
 
 
+def is_product(result: CaseResult) -> bool:
+    """Its peers are other products, not the formula alone."""
+    return result.operations > 0 or any(name.startswith("peer.") for name in result.sides)
+
+
 def product_cells(result: CaseResult) -> tuple[str, str, str]:
     """A product: time, rate and fraction of the arithmetic roof; how many times faster than each peer."""
     side = main_side(result)
     seconds = result.sides[side].median
-    speed = f"{result.operations / seconds / 1e9:.0f} GOP/s, {percent(result.roof(side))} of the roof"
+    roof = f"{percent(result.roof(side))} of the roof"
+    if result.operations:
+        speed = f"{result.operations / seconds / 1e9:.0f} GOP/s, {roof}"
+    else:
+        speed = f"{result.bytes_moved / seconds / 1e9:.1f} GB/s, {roof}"
     rate = f"{seconds * 1e6:.0f} us, {speed}"
     peers = [name for name in result.sides if name.startswith(("peer.", "eager.new", "compile.new"))]
     beside = ", ".join(f"{name.removeprefix('peer.')} {times(result.speedup(name))}" for name in peers)
@@ -155,9 +164,9 @@ def markdown(run: Run) -> str:
         LEGEND.replace("\n", " "),
     ]
     timed = [c for c in run.cases if "*" not in c.skipped]
-    if rows := [cells(c) for c in timed if not c.operations]:
+    if rows := [cells(c) for c in timed if not is_product(c)]:
         parts.append(_markdown_table(COLUMNS, rows))
-    if rows := [product_cells(c) for c in timed if c.operations]:
+    if rows := [product_cells(c) for c in timed if is_product(c)]:
         parts += ["## Products", PRODUCT_LEGEND, _markdown_table(PRODUCT_COLUMNS, rows)]
     if run.overhead:
         rows = [
