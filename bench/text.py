@@ -15,8 +15,8 @@ LEGEND = (
 
 PRODUCT_LEGEND = (
     "Two operations a multiplication; roof: the same arithmetic from panels in the first cache (GB/s: a "
-    "copy), timed in the same rounds; beside it: how many times faster ours is than each peer (below 1: slower), all "
-    "allocating the result."
+    "copy), timed in the same rounds; beside it: how many times faster ours is than each peer (below 1: "
+    "slower), all allocating the result."
 )
 
 
