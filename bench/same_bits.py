@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, product
 
+import torch
 from torch import Tensor
 
 from bench import same_regions
@@ -45,6 +46,13 @@ def calls() -> Iterator[tuple[str, Callable[..., Tensor], tuple, float]]:
         for case in CASES:
             yield f"{case} {where}", case.op, case.inputs(make()), 0.0
         yield f"philox_normal {where}", partial(ops.philox_normal, shape, dtype=state), (make().keys,), 0.0
+    for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn):
+        x = Make((3, 10_007), torch.float32, torch.float32, "cpu").x * 50
+        yield f"stochastic_round {dtype}", partial(_rounded, dtype), (x,), 0.0
+
+
+def _rounded(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return ops.stochastic_round(x, dtype, seed=5).float()
 
 
 def moved(value, device: str):

@@ -22,17 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfkernels.adapters.base import Adapter, Branch, Exact, wide
+from rfkernels.ops._linear import ACTIVATIONS
 from rfkernels.ops.linear import linear
 
 __all__ = ["PLACES", "Bottleneck", "BottleneckStack", "ConformerAdapter", "ast_adapters"]
 
 PLACES = {"pfeiffer": ("FFN",), "houlsby": ("MHSA", "FFN")}  # the sub-layers of a block that have one
-_ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-}
+_ACTIVATIONS = {kind: ACTIVATIONS[kind] for kind in ("relu", "gelu", "gelu_tanh", "silu")}
 _DIALECTS = (("down_proj", "up_proj", "relu"), ("linear_downsample", "linear_upsample", "gelu"))
 
 

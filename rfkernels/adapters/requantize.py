@@ -5,8 +5,9 @@ from torch import Tensor
 
 from rfkernels.nn.quant_linear import QuantLinear
 from rfkernels.ops.linear import pack_int4
+from rfkernels.ops.quantize import rotate
 from rfkernels.ops.rounding import round_to
-from rfkernels.quantization import quantize_int4, rotate
+from rfkernels.quantization import quantize_int4
 
 __all__ = ["requantize"]
 

@@ -26,7 +26,8 @@ from rfkernels.formats.model import model_tensors
 from rfkernels.formats.nvfp4 import decode_mxfp8, decode_nvfp4
 from rfkernels.nn import QuantLinear
 from rfkernels.ops.linear import unpack_int4
-from rfkernels.quantization import ROTATIONS, rotate
+from rfkernels.ops.quantize import rotate
+from rfkernels.quantization import ROTATIONS
 
 __all__ = ["detect", "marks", "read", "tensors", "write"]
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from rfkernels import ops
 from rfkernels.ops.linear import dequantize_weight
-from rfkernels.quantization import FORMATS, ROTATIONS, quantize_weight, rotate
+from rfkernels.ops.quantize import rotate
+from rfkernels.quantization import FORMATS, ROTATIONS, quantize_weight
 
 __all__ = ["FORMATS", "QuantLinear"]
 

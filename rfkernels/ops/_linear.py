@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rfkernels import _C
 from rfkernels.ops._register import define
-from rfkernels.ops.quantize import quantize, quantize_reference, rotation_matrix
+from rfkernels.ops.quantize import quantize, quantize_reference, rotate
 
 ACTIVATIONS = {
     "none": lambda y: y,
@@ -95,7 +95,7 @@ def linear_reference(
     Tokens that are quantised have the gradient of tokens that are not (straight through).
     """
     wide = _wide(x)
-    numbers = _rotated(x.to(wide), rotation)
+    numbers = rotate(x.to(wide), rotation)
     if tokens != "as they are":
         codes, scale = quantize_reference(numbers.detach(), tokens)
         numbers = numbers + (codes.to(wide) * scale[..., None].to(wide) - numbers).detach()
@@ -118,13 +118,6 @@ def linear_reference(
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _rotated(x: Tensor, rotation: int) -> Tensor:
-    if not rotation:
-        return x
-    matrix = rotation_matrix(rotation, dtype=x.dtype).to(x.device)
-    return (x.unflatten(-1, (-1, rotation)) @ matrix).flatten(-2)
 
 
 def _empty(x, x_scale, weight, *others):
@@ -183,7 +176,7 @@ def _backward(grad, needs, *saved):
         grads[7] = (grad.T @ hidden).to(up.dtype)
     if needs[0]:
         numbers = dequantize_weight(weight, weight_scale, weight_zero, x.dtype)
-        grads[0] = _rotated(grad.to(x.dtype) @ numbers, rotation)
+        grads[0] = rotate(grad.to(x.dtype) @ numbers, rotation)
     if needs[2]:
         scaled = grad if weight_scale is None else grad * weight_scale.reshape(1, -1)
         grads[2] = (scaled.to(x.dtype).T @ x).to(weight.dtype)

@@ -73,15 +73,19 @@ def rotation_matrix(group: int, *, dtype: torch.dtype = torch.float64) -> Tensor
     return matrix
 
 
+def rotate(x: Tensor, group: int) -> Tensor:
+    """Groups of `group` neighbours times `rotation_matrix(group)`; its own inverse. 0: x as it is."""
+    if not group:
+        return x
+    matrix = rotation_matrix(group).to(x.device, x.dtype)
+    return (x.unflatten(-1, (-1, group)) @ matrix).flatten(-2)
+
+
 def quantize_reference(
     x: Tensor, format: str = "int8", tensor_scale: Tensor | None = None, rotation: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The definition of `quantize` in plain torch."""
-    if rotation:
-        x = (x.unflatten(-1, (-1, rotation)) @ rotation_matrix(rotation, dtype=x.dtype).to(x.device)).flatten(
-            -2
-        )
-    x, limit = x.float(), _LIMIT[format]
+    x, limit = rotate(x, rotation).float(), _LIMIT[format]
     if tensor_scale is not None:
         scaled = (x * (1 / tensor_scale.float())).clamp(-limit, limit)
         return torch.where(x.isfinite(), scaled, torch.nan).to(_CODES[format]), tensor_scale

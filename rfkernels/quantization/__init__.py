@@ -9,7 +9,6 @@ from rfkernels.quantization.int8 import check_finite as check_finite
 from rfkernels.quantization.int8 import largest_rotation as largest_rotation
 from rfkernels.quantization.int8 import quantize_fp8 as quantize_fp8
 from rfkernels.quantization.int8 import quantize_int8 as quantize_int8
-from rfkernels.quantization.int8 import rotate as rotate
 from rfkernels.quantization.svdq import quantize_svdq as quantize_svdq
 from rfkernels.quantization.svdq import truncated_svd as truncated_svd
 from rfkernels.quantization.weight import FORMATS as FORMATS

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from rfkernels.ops.quantize import quantize, rotation_matrix
+from rfkernels.ops.quantize import quantize
 
-__all__ = ["ROTATIONS", "check_finite", "largest_rotation", "quantize_fp8", "quantize_int8", "rotate"]
+__all__ = ["ROTATIONS", "check_finite", "largest_rotation", "quantize_fp8", "quantize_int8"]
 
 ROTATIONS = (256, 64, 16)
 
@@ -23,14 +23,6 @@ def check_finite(weight: Tensor, name: str = "") -> None:
 def largest_rotation(width: int) -> int:
     """The largest of the groups 256, 64, 16 that divides `width`; 0 where none does."""
     return next((g for g in ROTATIONS if width % g == 0), 0)
-
-
-def rotate(x: Tensor, group: int) -> Tensor:
-    """Groups of `group` neighbours times `rotation_matrix(group)`; its own inverse. 0: x as it is."""
-    if not group:
-        return x
-    matrix = rotation_matrix(group).to(x.device, x.dtype)
-    return (x.unflatten(-1, (-1, group)) @ matrix).flatten(-2)
 
 
 def quantize_int8(weight: Tensor, rotation: int = 0) -> tuple[Tensor, Tensor]:

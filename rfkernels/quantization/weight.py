@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfkernels.ops.quantize import rotate
 from rfkernels.quantization.int4 import quantize_int4
 from rfkernels.quantization.int8 import (
     ROTATIONS,
@@ -12,7 +13,6 @@ from rfkernels.quantization.int8 import (
     largest_rotation,
     quantize_fp8,
     quantize_int8,
-    rotate,
 )
 from rfkernels.quantization.svdq import quantize_svdq
 

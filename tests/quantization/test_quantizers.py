@@ -7,6 +7,7 @@ import torch
 
 from rfkernels import ops
 from rfkernels.ops.linear import dequantize_weight, unpack_int4
+from rfkernels.ops.quantize import rotate
 from rfkernels.quantization import (
     check_finite,
     largest_rotation,
@@ -15,7 +16,6 @@ from rfkernels.quantization import (
     quantize_int8,
     quantize_svdq,
     quantize_weight,
-    rotate,
     truncated_svd,
 )
 
