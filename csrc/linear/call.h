@@ -1,7 +1,7 @@
 #pragma once
 
-#include <array>
-#include <string_view>
+#include <algorithm>
+#include <string>
 
 #include "core/activation.h"
 #include "linear/linear.h"
@@ -24,6 +24,14 @@ inline Storage storage_of(const TensorView& weight, int64_t k) {
 
 // What the epilogue applies to the sum.
 enum class Epilogue : uint8_t { none, relu, gelu, gelu_tanh, silu, relu2 };
+
+inline Epilogue epilogue_of(const std::string& name) {
+  constexpr const char* kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "relu2"};
+  const auto* found = std::find(std::begin(kNames), std::end(kNames), name);
+  check(found != std::end(kNames), "linear",
+        ": activation must be none, relu, gelu, gelu_tanh, silu or relu2, got ", name);
+  return Epilogue(found - kNames);
+}
 
 template <typename A> RFK_HD A apply(Epilogue kind, A v) {
   switch (kind) {
@@ -54,9 +62,23 @@ struct LinearCall {
   int64_t groups = 1;          // of weight_scale and weight_zero along k
   bool scale_per_row = false;  // weight_scale has one number per output (or more), not one in all
 
-  int64_t group() const { return k / groups; }
+  int64_t group() const { return groups > 0 ? k / groups : 0; }
   int64_t rows_per_gate() const { return gate ? m / gate->shape[0] : 1; }
 };
+
+// Fills in what follows from the tensors of a call, whose x and weight have two axes.
+inline void read_shapes(LinearCall& c) {
+  c.m = c.x.shape[0];
+  c.k = c.x.shape[1];
+  c.n = c.weight.shape[0];
+  const Optional& branch = c.hidden ? c.hidden : c.up;
+  c.rank = branch && branch->ndim == 2 ? branch->shape[1] : 0;
+  c.storage = storage_of(c.weight, c.k);
+  if (!c.weight_scale) return;
+  const bool grouped = c.storage == Storage::int4 && c.weight_scale->ndim == 2;
+  c.groups = grouped ? c.weight_scale->shape[1] : 1;
+  c.scale_per_row = grouped || c.weight_scale->numel() != 1 || c.n == 1;
+}
 
 void linear_cpu(const LinearCall& call);
 void linear_cuda(Stream stream, const LinearCall& call);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/dispatch.h"
 #include "linear/pack.h"
 
 // What follows the sums of a tile on the CPU: passes over [rows, columns] numbers in the first cache. All
@@ -45,16 +46,6 @@ RFK_SIMD void store_codes(int8_t* out, int64_t stride, const A* tile, int rows, 
     for (int c = 0; c < columns; ++c) out[r * stride + c] = saturated_code(float(tile[r * C + c]) / scale);
 }
 
-// Calls f with a number of the storage type of `dtype`.
-template <typename F> void dispatch_storage(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f64: return f(double{});
-    case DType::f32: return f(float{});
-    case DType::f16: return f(f16{});
-    default: return f(bf16{});
-  }
-}
-
 // Everything behind the sums for the tile at (row, column) of the result.
 template <int C, typename A> struct Finish {
   const LinearCall& call;
@@ -69,15 +60,14 @@ template <int C, typename A> struct Finish {
         const int64_t at = (row + r) / call.rows_per_gate();
         if (at != gate_at) {
           const TensorView& g = *call.gate;
-          decode_any(gate, static_cast<const char*>(g.data) + (at * g.stride[0] + column) * size_of(g.dtype),
-                     g.dtype, columns);
+          decode_any(gate, g, at * g.stride[0] + column, columns);
           gate_at = at;
         }
         gate_row<C>(tile + r * C, gate);
       }
     }
     if (call.residual)
-      dispatch_storage(call.residual->dtype, [&]<typename S>(S) {
+      dispatch_float("linear", call.residual->dtype, [&]<typename S>() {
         const int64_t stride = call.residual->stride[0];
         add_residual<C>(tile, rows, columns, call.residual->ptr<S>() + row * stride + column, stride);
       });
@@ -85,7 +75,7 @@ template <int C, typename A> struct Finish {
     if (call.out.dtype == DType::i8)
       return store_codes<C>(call.out.ptr<int8_t>() + row * stride + column, stride, tile, rows, columns,
                             *call.out_scale->ptr<float>());
-    dispatch_storage(call.out.dtype, [&]<typename T>(T) {
+    dispatch_float("linear", call.out.dtype, [&]<typename T>() {
       store_tile<C>(call.out.ptr<T>() + row * stride + column, stride, tile, rows, columns);
     });
   }

@@ -2,20 +2,11 @@
 
 #include "core/backend.h"
 #include "linear/call.h"
-#include "linear/plan_cpu.h"
 
 namespace rfk {
 namespace {
 
 constexpr const char* kOp = "linear";
-
-Epilogue epilogue_of(const std::string& name) {
-  constexpr const char* kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "relu2"};
-  const auto* found = std::find(std::begin(kNames), std::end(kNames), name);
-  check(found != std::end(kNames), kOp,
-        ": activation must be none, relu, gelu, gelu_tanh, silu or relu2, got ", name);
-  return Epilogue(found - kNames);
-}
 
 // Rows of neighbours, `rows` by `columns`, on the device of x.
 bool is_matrix(const TensorView& t, const LinearCall& c, int64_t rows, int64_t columns) {
@@ -27,13 +18,12 @@ bool is_vector(const TensorView& t, const LinearCall& c, int64_t length) {
   return t.ndim == 1 && t.shape[0] == length && t.device == c.x.device && t.is_contiguous();
 }
 
-void check_weight(LinearCall& c) {
+void check_weight(const LinearCall& c) {
   const TensorView &x = c.x, &w = c.weight;
   check(x.ndim == 2 && is_matrix(x, c, c.m, c.k) && x.dtype != DType::i32 && x.dtype != DType::i64, kOp,
         ": x must be [rows, in] with neighbours along the last axis adjacent, floating, int8 or "
         "float8_e4m3fn, got ",
         x);
-  c.storage = storage_of(w, c.k);
   const bool four = c.storage == Storage::int4;
   check(w.ndim == 2 && is_matrix(w, c, c.n, four ? c.k / 2 : c.k) && w.is_contiguous(), kOp,
         ": weight must be contiguous [out, ", c.k, "], or uint8 [out, ", c.k / 2,
@@ -50,7 +40,7 @@ void check_weight(LinearCall& c) {
 // Integer sums and their offset stay below 2^31.
 constexpr int64_t kMostInputs = 1 << 16;
 
-void check_scales(LinearCall& c) {
+void check_scales(const LinearCall& c) {
   const DType wide = acc_of(c.x.dtype);
   check(!c.x_scale == is_floating(c.x.dtype), kOp,
         ": x_scale must be given for codes and only for them, got x ", c.x, " and x_scale ", c.x_scale);
@@ -63,8 +53,6 @@ void check_scales(LinearCall& c) {
   if (c.weight_scale) {
     const TensorView& s = *c.weight_scale;
     const bool grouped = c.storage == Storage::int4 && s.ndim == 2;
-    c.groups = grouped ? s.shape[1] : 1;
-    c.scale_per_row = grouped || s.numel() != 1 || c.n == 1;
     const int64_t rows = c.scale_per_row ? c.n : 1;
     check(is_floating(s.dtype) && s.is_contiguous() && s.device == c.x.device &&
               (grouped ? s.shape[0] == c.n : s.numel() == rows),
@@ -82,7 +70,7 @@ void check_scales(LinearCall& c) {
         kOp, ": weight_zero must be contiguous u8 or floating [", c.n, ", ", c.groups, "], got ", z);
 }
 
-void check_epilogue(LinearCall& c) {
+void check_epilogue(const LinearCall& c) {
   const DType wide = acc_of(c.x.dtype);
   const auto number = [&](const TensorView& t) {
     return t.dtype == wide || t.dtype == c.out.dtype || t.dtype == c.x.dtype;
@@ -102,7 +90,6 @@ void check_epilogue(LinearCall& c) {
         "], got ", c.residual);
   check(!c.hidden == !c.up, kOp, ": hidden and up must be given together, got ", c.hidden, " and ", c.up);
   if (c.hidden) {
-    c.rank = c.hidden->ndim == 2 ? c.hidden->shape[1] : 0;
     check(c.hidden->dtype == wide && is_matrix(*c.hidden, c, c.m, c.rank), kOp, ": hidden must be ",
           name_of(wide), "[", c.m, ", rank], got ", c.hidden);
     check(is_floating(c.up->dtype) && is_matrix(*c.up, c, c.n, c.rank) &&
@@ -139,37 +126,15 @@ void linear(Stream stream, const TensorView& out, const TensorView& x, const Opt
                hidden, up, gate,   residual, out_scale,    workspace};
   c.epilogue = epilogue_of(activation);
   check(x.ndim == 2 && weight.ndim == 2, kOp, ": x and weight must have two axes, got ", x, " and ", weight);
-  c.m = x.shape[0];
-  c.k = x.shape[1];
-  c.n = weight.shape[0];
+  read_shapes(c);
   check_weight(c);
   check_scales(c);
   check_epilogue(c);
   check_out(c);
   if (c.m == 0 || c.n == 0) return;
-  if (x.device.type == DeviceType::cpu) {
-    const int64_t bytes = plan_linear(c).workspace();
-    check(workspace && workspace->dtype == DType::u8 && workspace->is_contiguous() &&
-              workspace->numel() >= bytes && workspace->device == x.device,
-          kOp, ": workspace must be u8[", bytes, "], got ", workspace);
-    return linear_cpu(c);
-  }
+  if (x.device.type == DeviceType::cpu) return linear_cpu(c);
   if constexpr (kWithCuda) return linear_cuda(stream, c);
   fail_without_cuda(kOp);
-}
-
-int64_t linear_workspace(const TensorView& x, const TensorView& weight, const Optional& weight_scale,
-                         const Optional& weight_zero, const Optional& up) {
-  if (x.device.type != DeviceType::cpu || x.ndim != 2 || weight.ndim != 2) return 0;
-  LinearCall c{.x = x, .weight = weight, .weight_scale = weight_scale, .weight_zero = weight_zero, .up = up};
-  c.m = x.shape[0];
-  c.n = weight.shape[0];
-  c.k = x.shape[1];
-  c.rank = up && up->ndim == 2 ? up->shape[1] : 0;
-  c.storage = storage_of(weight, c.k);
-  const bool grouped = weight_scale && weight_scale->ndim == 2 && c.storage == Storage::int4;
-  c.groups = grouped ? std::max<int64_t>(weight_scale->shape[1], 1) : 1;
-  return plan_linear(c).workspace();
 }
 
 }  // namespace rfk

@@ -9,27 +9,17 @@
 namespace rfk {
 namespace {
 
+// What a product multiplies, the word that holds them, and what sums become.
+template <typename N, typename W = uint32_t, typename Acc = float> struct NumbersOf {
+  using Number = N;
+  using Word = W;
+  using A = Acc;
+};
 template <Product P> struct Numbers;
-template <> struct Numbers<Product::int8> {
-  using Number = int8_t;
-  using Word = uint32_t;
-  using A = float;
-};
-template <> struct Numbers<Product::bf16> {
-  using Number = bf16;
-  using Word = uint32_t;
-  using A = float;
-};
-template <> struct Numbers<Product::f32> {
-  using Number = float;
-  using Word = uint32_t;
-  using A = float;
-};
-template <> struct Numbers<Product::f64> {
-  using Number = double;
-  using Word = uint64_t;
-  using A = double;
-};
+template <> struct Numbers<Product::int8> : NumbersOf<int8_t> {};
+template <> struct Numbers<Product::bf16> : NumbersOf<bf16> {};
+template <> struct Numbers<Product::f32> : NumbersOf<float> {};
+template <> struct Numbers<Product::f64> : NumbersOf<double, uint64_t, double> {};
 
 const char* address(const TensorView& t, int64_t row) {
   return static_cast<const char*>(t.data) + row * t.stride[0] * size_of(t.dtype);
@@ -103,7 +93,8 @@ template <Product P, TileShape kShape> class Linear {
         if (valid) decode_x(to, address(c_.x, row));
         std::memset(static_cast<void*>(to + valid), 0, (width - valid) * sizeof(Number));
       }
-      if (p_.input_sums) sum_inputs(t, decoded, width);
+      if constexpr (P != Product::int8)  // only floating tokens have zeros beside them
+        if (p_.input_sums) sum_inputs(t, decoded, width);
       interleave(x_ + t * p_.x_tile() / p_.word(), reinterpret_cast<const Word*>(decoded), p_.steps, R,
                  p_.steps);
     }
@@ -140,17 +131,9 @@ template <Product P, TileShape kShape> class Linear {
     for (int64_t g = 0; g < c_.groups; ++g)
       for (int r = 0; r < R; ++r) {
         A sum = 0;
-        for (int64_t i = g * c_.group(); i < (g + 1) * c_.group(); ++i)
-          sum += as_number(decoded[r * width + i]);
+        for (int64_t i = g * c_.group(); i < (g + 1) * c_.group(); ++i) sum += load(decoded[r * width + i]);
         to[g * R + r] = sum;
       }
-  }
-
-  static A as_number(Number v) {
-    if constexpr (P == Product::int8)
-      return A(v);
-    else
-      return load(v);
   }
 
   // Rows first .. of hidden [., rank] or up [., rank], interleaved in the numbers of the branch.
@@ -190,9 +173,7 @@ template <Product P, TileShape kShape> class Linear {
     std::fill(to.offset, to.offset + table, 0);
     const int64_t first = panel * C;
     pack_weight(to, first, decoded);
-    if (c_.bias)
-      decode_any(to.bias, static_cast<const char*>(c_.bias->data) + first * size_of(c_.bias->dtype),
-                 c_.bias->dtype, std::min<int64_t>(C, c_.n - first));
+    if (c_.bias) decode_any(to.bias, *c_.bias, first, std::min<int64_t>(C, c_.n - first));
     if (c_.rank) pack_branch(to.up, *c_.up, first, C, decoded);
     return to;
   }
@@ -249,15 +230,12 @@ template <Product P, TileShape kShape> class Linear {
   // Scales and zeros [C][groups] of W = (code - 8) scale + zero.
   void read_groups(Panel& to, int64_t first) const {
     const int64_t rows = std::min<int64_t>(C, c_.n - first), count = rows * c_.groups;
-    const auto read = [&](A* out, const TensorView& t, int64_t at, int64_t n) {
-      decode_any(out, static_cast<const char*>(t.data) + at * size_of(t.dtype), t.dtype, n);
-    };
     if (c_.scale_per_row)
-      read(to.scale, *c_.weight_scale, first * c_.groups, count);
+      decode_any(to.scale, *c_.weight_scale, first * c_.groups, count);
     else
       std::fill(to.scale, to.scale + count, element(*c_.weight_scale, 0));
     if (p_.input_sums)
-      read(to.zero, *c_.weight_zero, first * c_.groups, count);
+      decode_any(to.zero, *c_.weight_zero, first * c_.groups, count);
     else if (c_.weight_zero)
       for (int64_t i = 0; i < count; ++i)
         to.zero[i] = A(8 - c_.weight_zero->ptr<uint8_t>()[first * c_.groups + i]) * to.scale[i];
@@ -265,7 +243,7 @@ template <Product P, TileShape kShape> class Linear {
 
   static A element(const TensorView& t, int64_t at) {
     A v;
-    decode_any(&v, static_cast<const char*>(t.data) + at * size_of(t.dtype), t.dtype, 1);
+    decode_any(&v, t, at, 1);
     return v;
   }
 
@@ -322,8 +300,20 @@ template <Product P, TileShape kShape> class Linear {
 
 }  // namespace
 
+int64_t linear_workspace(const TensorView& x, const TensorView& weight, const Optional& weight_scale,
+                         const Optional& weight_zero, const Optional& up) {
+  if (x.device.type != DeviceType::cpu || x.ndim != 2 || weight.ndim != 2) return 0;
+  LinearCall c{.x = x, .weight = weight, .weight_scale = weight_scale, .weight_zero = weight_zero, .up = up};
+  read_shapes(c);
+  return plan_linear(c).workspace();
+}
+
 void linear_cpu(const LinearCall& call) {
   const LinearPlan plan = plan_linear(call);
+  const Optional& given = call.workspace;
+  check(given && given->dtype == DType::u8 && given->is_contiguous() && given->numel() >= plan.workspace() &&
+            given->device == call.x.device,
+        "linear: workspace must be u8[", plan.workspace(), "], got ", given);
   const auto with_shape = [&]<Product P>() {
     if (plan.shape == kTile12x32) return Linear<P, kTile12x32>(call, plan).run();
     if (plan.shape == kTile4x32) return Linear<P, kTile4x32>(call, plan).run();

@@ -9,11 +9,10 @@
 
 namespace rfk {
 
-// Stored forms that are no C++ number.
+// A stored form that is no C++ number.
 struct e4m3 {
   uint8_t bits;
 };
-struct int4 {};  // two a byte
 
 template <typename S> struct Source {
   const S* row;
@@ -75,6 +74,11 @@ template <typename D> void decode_any(D* out, const void* row, DType dtype, int6
     case DType::i8: return from(int8_t{});
     default: return from(e4m3{});
   }
+}
+
+// `count` numbers of a tensor from element `at` on.
+template <typename D> void decode_any(D* out, const TensorView& from, int64_t at, int64_t count) {
+  decode_any(out, static_cast<const char*>(from.data) + at * size_of(from.dtype), from.dtype, count);
 }
 
 // out[step][row] = in[row][step]; `rows` is a multiple of 4.

@@ -3,7 +3,7 @@
 
 #include "linear/tiles.h"
 
-#pragma GCC target("avx2,fma,avxvnni")
+#pragma GCC target("avx2,fma")  // AVX-VNNI stands in `asm` alone: most CPUs of this file lack it
 #include "linear/register_tile.h"
 
 namespace rfk {

@@ -114,7 +114,7 @@ void gated_activation_quantize(Stream stream, const TensorView& codes, const Ten
                                              tensor_scale, rotation));
 }
 
-// The call that the checking half makes of its arguments.
+// The call without its checks: the kernels take more dtypes than the op.
 void linear(Stream stream, const TensorView& out, const TensorView& x, const Optional& x_scale,
             const TensorView& weight, const Optional& weight_scale, const Optional& weight_zero,
             const Optional& bias, const Optional& hidden, const Optional& up, const Optional& gate,
@@ -122,16 +122,8 @@ void linear(Stream stream, const TensorView& out, const TensorView& x, const Opt
             const std::string& activation) {
   LinearCall call{out,    x,  weight, x_scale,  weight_scale, weight_zero, bias,
                   hidden, up, gate,   residual, out_scale,    workspace};
-  constexpr const char* kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "relu2"};
-  call.epilogue = Epilogue(std::ranges::find(kNames, activation) - kNames);
-  call.m = x.shape[0], call.k = x.shape[1], call.n = weight.shape[0];
-  call.rank = hidden ? hidden->shape[1] : 0;
-  if (weight.dtype == DType::i8) call.storage = Storage::int8;
-  if (weight.dtype == DType::u8) call.storage = weight.shape[1] == call.k ? Storage::e4m3 : Storage::int4;
-  if (weight_scale) {
-    call.groups = weight_scale->ndim == 2 ? weight_scale->shape[1] : 1;
-    call.scale_per_row = weight_scale->numel() > 1 || call.n == 1;
-  }
+  call.epilogue = epilogue_of(activation);
+  read_shapes(call);
   linear_cuda(stream, call);
 }
 
