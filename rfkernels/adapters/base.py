@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from rfkernels.ops._register import accumulator
 from rfkernels.ops.linear import linear, lora_shrink
 
 __all__ = ["Adapter", "Additive", "Exact", "Factors", "apply_factors", "run", "shrink", "weight_of", "wide"]
@@ -178,8 +179,50 @@ def weight_of(base: nn.Module) -> tuple[Tensor, Tensor | None]:
 def shrink(x: Tensor, down: Tensor, scale: Tensor | None = None) -> Tensor:
     """`ops.lora_shrink` with factors and scales of any dtype."""
     if scale is not None:
-        scale = scale.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        scale = scale.to(accumulator(x.dtype))
     return lora_shrink(x, down.to(x.dtype), scale)
+
+
+def run_linear(
+    base: nn.Module,
+    x: Tensor,
+    *,
+    lora: tuple[Tensor, Tensor] | None = None,
+    column_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`base.run`, for an `nn.Linear` the same through `ops.linear`.
+
+    Args:
+        lora: (hidden `[*lead, rank]`, up `[out, rank]`).
+        column_scale: float32 `[out]`, multiplies the base's product alone.
+        bias: `[out]`, added to the layer's own.
+
+    Others as in `ops.linear`.
+    """
+    if hasattr(base, "run"):
+        return base.run(
+            x,
+            lora=lora,
+            column_scale=column_scale,
+            bias=bias,
+            activation=activation,
+            gate=gate,
+            residual=residual,
+        )
+    return linear(
+        x,
+        base.weight,
+        base.bias if bias is None else add_bias(base.bias, bias, accumulator(x.dtype)),
+        weight_scale=column_scale,
+        lora=lora,
+        activation=activation,
+        gate=gate,
+        residual=residual,
+    )
 
 
 def run(base: Callable[[Tensor], Tensor], x: Tensor, branch: Branch, **epilogue) -> Tensor:
@@ -191,11 +234,8 @@ def run(base: Callable[[Tensor], Tensor], x: Tensor, branch: Branch, **epilogue)
     """
     hidden, up, extra = branch
     up = up.to(x.dtype)
-    if hasattr(base, "run"):
-        return base.run(x, lora=(hidden, up), bias=extra, **epilogue)
-    if isinstance(base, nn.Linear):
-        bias = add_bias(base.bias, extra, hidden.dtype)
-        return linear(x, base.weight, bias, lora=(hidden, up), **epilogue)
+    if hasattr(base, "run") or isinstance(base, nn.Linear):
+        return run_linear(base, x, lora=(hidden, up), bias=extra, **epilogue)
     if epilogue:
         raise ValueError(f"an epilogue needs a linear layer, got {type(base).__name__}")
     y = wide(base(x)) + hidden @ up.to(hidden.dtype).T

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rfkernels.adapters.base import Adapter, Branch, Exact, wide
 from rfkernels.ops._linear import ACTIVATIONS
+from rfkernels.ops._register import accumulator
 from rfkernels.ops.linear import linear
 
 __all__ = ["PLACES", "Bottleneck", "BottleneckStack", "ConformerAdapter", "ast_adapters"]
@@ -286,7 +287,7 @@ class BottleneckStack(Exact):
             raise ValueError(
                 f"BottleneckStack: ids must be integers [{len(x)}], got {ids.dtype} {list(ids.shape)}"
             )
-        gate = (ids[:, None] == self.owner) * self.scale.to(wide(x).dtype)
+        gate = (ids[:, None] == self.owner) * self.scale.to(accumulator(x.dtype))
         gate = gate.view(len(x), *[1] * (x.ndim - 2), -1)
         return _squeeze(x, self.down, self.bias, self.activation, gate), self.up, None
 
@@ -294,7 +295,11 @@ class BottleneckStack(Exact):
 def _squeeze(x: Tensor, down: Tensor, bias: Tensor | None, activation: str, scale: float | Tensor) -> Tensor:
     """scale act(x D^T + d), wide: one call of `ops.linear`."""
     down = down.to(x.dtype)
-    bias = None if bias is None else bias.to(wide(x).dtype)
+    bias = None if bias is None else bias.to(accumulator(x.dtype))
     if not isinstance(scale, Tensor):
-        scale = None if scale == 1 else torch.full((len(down),), scale, dtype=wide(x).dtype, device=x.device)
-    return linear(x, down, bias, activation=activation, gate=scale, dtype=wide(x).dtype)
+        scale = (
+            None
+            if scale == 1
+            else torch.full((len(down),), scale, dtype=accumulator(x.dtype), device=x.device)
+        )
+    return linear(x, down, bias, activation=activation, gate=scale, dtype=accumulator(x.dtype))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rfkernels.adapters.base import Adapter, Factors, check_names, check_weight, shrink, weight_of, wide
 from rfkernels.adapters.lora import lora_scale
+from rfkernels.ops._register import accumulator
 
 __all__ = ["DoRA", "decompose", "merged_norm", "strength_scale"]
 
@@ -57,7 +58,7 @@ def magnitude_axis(magnitude: Tensor, shape: torch.Size) -> str:
 
 def decompose(weight: Tensor, delta: Tensor, magnitude: Tensor, strength: float = 1.0) -> Tensor:
     """(1 + w (k - 1)) V, V = W + delta, k = m / ||V||: the weight of LyCORIS files with `dora_scale`."""
-    total = wide(weight) + delta.to(wide(weight).dtype)
+    total = wide(weight) + delta.to(accumulator(weight.dtype))
     dims = tuple(range(1, total.ndim))
     if magnitude_axis(magnitude, total.shape) == "input":
         dims = (0, *dims[1:])
@@ -140,7 +141,7 @@ class DoRA(Adapter):
     def forward(self, x: Tensor, base: nn.Module | Callable[[Tensor], Tensor]) -> Tensor:
         """The branch form; `base` has a weight, or `dequantized()`."""
         weight, bias = weight_of(base)
-        k = self.column_scale(weight).to(wide(x).dtype)
+        k = self.column_scale(weight).to(accumulator(x.dtype))
         if self.axis == "input":
             scaled = (wide(x) * k).to(x.dtype)
             return (wide(base(scaled)) + self._branch(scaled)).to(x.dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rfkernels.adapters.base import Additive, check_weight, wide
+from rfkernels.ops._register import accumulator
 
 __all__ = ["QWHA", "allocate", "hadamard_block", "hadamard_split", "iwht", "qwha_init", "wht"]
 
@@ -268,7 +269,7 @@ def qwha_init(
         values.append(torch.linalg.solve(inner[chosen][:, chosen], target[i, chosen]))
         places.append(torch.stack([torch.full_like(chosen, i), chosen]))
     tensors = {
-        "qhft_spectrum": (torch.cat(values) * (math.sqrt(out) / scaling)).to(wide(weight).dtype),
+        "qhft_spectrum": (torch.cat(values) * (math.sqrt(out) / scaling)).to(accumulator(weight.dtype)),
         "qhft_indices": torch.cat(places, 1),
         "qhft_scaling": torch.tensor(scaling),
         "qhft_n_frequency": torch.tensor(int(counts.sum())),

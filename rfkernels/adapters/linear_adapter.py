@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rfkernels.adapters.base import Adapter, Factors, apply_factors, check_weight, shrink, wide
+from rfkernels.ops._register import accumulator
 
 __all__ = ["LinearAdapter", "shift_heads"]
 
@@ -48,7 +49,7 @@ class LinearAdapter(Adapter):
 
     def transform(self, x: Tensor) -> Tensor:
         """T(x), not rounded."""
-        w1, b1, w2, b2 = self._parts(wide(x).dtype)
+        w1, b1, w2, b2 = self._parts(accumulator(x.dtype))
         return wide(x) + self.scale * ((shrink(x, w1) + b1) @ w2.T + b2)
 
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from rfkernels.adapters.base import Adapter, Factors, add_bias, check_names, check_weight, weight_of, wide
 from rfkernels.adapters.dora import decompose
 from rfkernels.adapters.kronecker import kron_apply
+from rfkernels.ops._register import accumulator
 
 __all__ = ["LoHa", "LoKr"]
 
@@ -86,8 +87,8 @@ class LoHa(_Lycoris):
         """Through the low-rank form where there is one, else through dW."""
         form = self._khatri_rao()
         if form is None:
-            return wide(x) @ self.delta_weight(wide(x).dtype).flatten(1).T
-        dtype = wide(x).dtype
+            return wide(x) @ self.delta_weight(accumulator(x.dtype)).flatten(1).T
+        dtype = accumulator(x.dtype)
         return self.scale * ((wide(x) @ form.down.to(dtype).T) @ form.up.to(dtype).T)
 
     def factors(self, weight: Tensor | None = None, bias: Tensor | None = None) -> Factors | None:
@@ -175,7 +176,7 @@ class LoKr(_Lycoris):
 
     def delta(self, x: Tensor) -> Tensor:
         """Two small products; dW is not formed."""
-        w1, w2 = self._factor("1", wide(x).dtype), self._factor("2", wide(x).dtype)
+        w1, w2 = self._factor("1", accumulator(x.dtype)), self._factor("2", accumulator(x.dtype))
         return self.scale * kron_apply(wide(x), w1, w2.flatten(1))
 
     def factors(self, weight: Tensor | None = None, bias: Tensor | None = None) -> Factors | None:

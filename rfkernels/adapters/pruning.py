@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rfkernels.adapters.base import Adapter, Factors, add_bias, check_weight, weight_of, wide
 from rfkernels.adapters.kronecker import kron_apply, kron_sum
+from rfkernels.ops._register import accumulator
 
 __all__ = ["SPLoPA", "SPLoRA", "SPPaRA"]
 
@@ -33,7 +34,7 @@ class _Pruned(Adapter):
 
     def delta(self, x: Tensor) -> Tensor:
         """x dW^T without masks and bias, not rounded."""
-        return wide(x) @ self.delta_weight(wide(x).dtype).T
+        return wide(x) @ self.delta_weight(accumulator(x.dtype)).T
 
     @property
     def pruned(self) -> bool:
@@ -64,7 +65,7 @@ class _Pruned(Adapter):
         return (y if extra is None else y + extra.to(y.dtype)).to(x.dtype)
 
     def _whole(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        delta = self.delta_weight(wide(weight).dtype)
+        delta = self.delta_weight(accumulator(weight.dtype))
         weight = check_weight(self.kind, weight, (*delta.shape, *weight.shape[2:]))
         kernel = weight.shape[2:]
         if any(k % 2 == 0 for k in kernel):
@@ -123,7 +124,7 @@ class SPLoRA(_Pruned):
 
     def delta(self, x: Tensor) -> Tensor:
         """(x R^T) C^T."""
-        rows, cols = (self.tensor(n)[0].to(wide(x).dtype) for n in ("adapter.rows", "adapter.cols"))
+        rows, cols = (self.tensor(n)[0].to(accumulator(x.dtype)) for n in ("adapter.rows", "adapter.cols"))
         return (wide(x) @ rows.T) @ cols.T
 
     def factors(self, weight: Tensor | None = None, bias: Tensor | None = None) -> Factors | None:
@@ -189,7 +190,7 @@ class SPLoPA(_Pruned):
 
     def delta(self, x: Tensor) -> Tensor:
         """Two small products; dW is not formed."""
-        return kron_apply(wide(x), *self._pair(wide(x).dtype))
+        return kron_apply(wide(x), *self._pair(accumulator(x.dtype)))
 
     def sliced_tensors(self, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
         return {name: self.tensor(name) for name in self.required}

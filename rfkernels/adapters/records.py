@@ -13,6 +13,7 @@ from rfkernels.adapters.lora import LoRA
 from rfkernels.adapters.lycoris import LoHa, LoKr
 from rfkernels.adapters.names import Names, Target, bare
 from rfkernels.adapters.timestep import TimestepLoRA
+from rfkernels.ops._register import accumulator
 
 __all__ = ["Dense", "Patch", "Record", "records_of"]
 
@@ -51,7 +52,7 @@ class Dense(Additive):
 
     def delta(self, x: Tensor) -> Tensor:
         """x diff^T."""
-        return wide(x) @ self.diff.to(wide(x).dtype).T
+        return wide(x) @ self.diff.to(accumulator(x.dtype)).T
 
     def merged(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """W + diff."""

@@ -31,6 +31,7 @@ from rfkernels.adapters.base import (
     shrink,
     wide,
 )
+from rfkernels.ops._register import accumulator
 
 __all__ = ["Switch", "TimestepLoRA", "interval_coefficients", "multiscale_coefficients", "rank_mask"]
 
@@ -132,7 +133,7 @@ class TimestepLoRA(Additive):
         self.shared = experts > 1 and len(down) == self.rank
         self.scale = 1.0 if alpha is None else alpha / self.rank
         self.least_rank = least_rank
-        first = torch.zeros(experts * self.rank, dtype=wide(up).dtype, device=up.device)
+        first = torch.zeros(experts * self.rank, dtype=accumulator(up.dtype), device=up.device)
         self.register_buffer("columns", first, persistent=False)
 
     @property

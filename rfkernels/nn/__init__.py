@@ -1,7 +1,7 @@
 """Modules on the ops: layers that replace those of `torch.nn` in a model."""
 
+from rfkernels.adapters.base import run_linear as run_linear
 from rfkernels.nn.lora import LoRALinear as LoRALinear
-from rfkernels.nn.lora import run_linear as run_linear
 from rfkernels.nn.quant_linear import FORMATS as FORMATS
 from rfkernels.nn.quant_linear import QuantLinear as QuantLinear
 from rfkernels.nn.schedule import mixed_coefficients as mixed_coefficients

@@ -12,54 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rfkernels.adapters.base import Adapter, Factors
+from rfkernels.adapters.base import Adapter, Factors, run_linear
 from rfkernels.ops._linear import ACTIVATIONS
-from rfkernels.ops.linear import linear, lora_shrink
+from rfkernels.ops._register import accumulator
+from rfkernels.ops.linear import lora_shrink
 
-__all__ = ["LoRALinear", "run_linear"]
-
-
-def run_linear(
-    base: nn.Module,
-    x: Tensor,
-    *,
-    lora: tuple[Tensor, Tensor] | None = None,
-    column_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """`base.run`, for an `nn.Linear` the same through `ops.linear`.
-
-    Args:
-        lora: (hidden `[*lead, rank]`, up `[out, rank]`).
-        column_scale: float32 `[out]`, multiplies the base's product alone.
-        bias: `[out]`, added to the layer's own.
-
-    Others as in `ops.linear`.
-    """
-    if hasattr(base, "run"):
-        return base.run(
-            x,
-            lora=lora,
-            column_scale=column_scale,
-            bias=bias,
-            activation=activation,
-            gate=gate,
-            residual=residual,
-        )
-    biases = [b for b in (base.bias, bias) if b is not None]
-    return linear(
-        x,
-        base.weight,
-        sum(biases[1:], *biases[:1]) if biases else None,
-        weight_scale=column_scale,
-        lora=lora,
-        activation=activation,
-        gate=gate,
-        residual=residual,
-    )
+__all__ = ["LoRALinear"]
 
 
 def compute_dtype(base: nn.Module) -> torch.dtype:
@@ -262,7 +220,7 @@ class LoRALinear(nn.Module):
         return table.view(table.shape[0], *[1] * (x.ndim - 2), table.shape[-1])
 
     def _wide(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return accumulator(self.dtype)
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._device)

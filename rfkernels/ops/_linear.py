@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfkernels import _C
-from rfkernels.ops._register import define
+from rfkernels.ops._register import accumulator, define
 from rfkernels.ops.quantize import quantize, quantize_reference, rotate
 
 ACTIVATIONS = {
@@ -94,7 +94,7 @@ def linear_reference(
 
     Tokens that are quantised have the gradient of tokens that are not (straight through).
     """
-    wide = _wide(x)
+    wide = accumulator(x.dtype)
     numbers = rotate(x.to(wide), rotation)
     if tokens != "as they are":
         codes, scale = quantize_reference(numbers.detach(), tokens)
@@ -114,10 +114,6 @@ def linear_reference(
     if out_scale is not None:
         y = (y / out_scale.to(wide)).round().clamp(-127, 127)
     return y.to(dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _empty(x, x_scale, weight, *others):
@@ -157,7 +153,7 @@ def _backward(grad, needs, *saved):
     out_scale, tokens, rotation, activation, _ = saved[10:]
     if out_scale is not None:
         raise RuntimeError("linear: codes have no gradient, call it without out_scale")
-    wide = _wide(x)
+    wide = accumulator(x.dtype)
     grad, grads = grad.to(wide), [None] * len(saved)
     if needs[9]:
         grads[9] = grad.to(residual.dtype)

@@ -9,15 +9,11 @@ from torch import Tensor
 
 from rfkernels import _C
 from rfkernels.ops._norm_definitions import normalise, table_of
-from rfkernels.ops._register import define
+from rfkernels.ops._register import accumulator, define
 
 
 def like(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
-
-
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def ada_norm_backward_reference(
@@ -48,7 +44,7 @@ def ada_norm_backward_reference(
     (dv,) = torch.autograd.grad(y, leaf, dy)
     dv = dv if add is None else dv + add
     if not wants_sums:
-        return dv, v.new_empty(0, dtype=_acc(v))
+        return dv, v.new_empty(0, dtype=accumulator(v.dtype))
     rows = torch.stack([dy * n.detach(), dy], -2).reshape(-1, 2, v.shape[-1])
     rows = rows if order is None else rows[order]
     if begins is None:
@@ -68,7 +64,7 @@ _ada_norm_backward = define(
     _C.ada_norm_backward,
     lambda dy, v, add, weight, table, index, order, begins, groups, splits, wants_sums, *_: (
         like(v),
-        v.new_empty((splits, groups, 2, v.shape[-1]) if wants_sums else (0,), dtype=_acc(v)),
+        v.new_empty((splits, groups, 2, v.shape[-1]) if wants_sums else (0,), dtype=accumulator(v.dtype)),
     ),
     ada_norm_backward_reference,
     outputs=("dv", "sums"),

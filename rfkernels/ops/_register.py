@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["OPS", "Op", "define", "row_scalar", "sum_to_rows"]
+__all__ = ["OPS", "Op", "accumulator", "define", "row_scalar", "sum_to_rows"]
 
 Outputs = Tensor | tuple[Tensor, ...]
 _library = torch.library.Library("rfkernels", "DEF")
@@ -117,11 +117,12 @@ def row_scalar(value: float | Tensor, x: Tensor) -> Tensor:
     """
     if isinstance(value, Tensor):
         return value
-    return torch.tensor(value, dtype=_accumulator(x), device=x.device)
+    return torch.tensor(value, dtype=accumulator(x.dtype), device=x.device)
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, row scalars and gradients of tables for tensors of `dtype`: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sum_to_rows(products: Tensor, scalar: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfkernels import _C
-from rfkernels.ops._register import define
+from rfkernels.ops._register import accumulator, define
 
 __all__ = [
     "activation",
@@ -163,8 +163,7 @@ def _width(x: Tensor) -> int:
 
 def _sum_of_columns(dx: Tensor, bias: Tensor) -> Tensor:
     """The gradient of a bias."""
-    accumulator = torch.float64 if dx.dtype == torch.float64 else torch.float32
-    return dx.reshape(-1, dx.shape[-1]).sum(0, dtype=accumulator).to(bias.dtype)
+    return dx.reshape(-1, dx.shape[-1]).sum(0, dtype=accumulator(dx.dtype)).to(bias.dtype)
 
 
 def _activation_backward_reference(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:

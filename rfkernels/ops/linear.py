@@ -27,6 +27,7 @@ from rfkernels.ops._linear import (
     run_linear,
     unpack_int4,
 )
+from rfkernels.ops._register import accumulator
 
 __all__ = [
     "dequantize_weight",
@@ -156,8 +157,7 @@ def lora_shrink(x: Tensor, down: Tensor, scale: Tensor | None = None) -> Tensor:
         scale: s, float32 `[rank]` or `[*lead, rank]` with axes of x or ones: `[batch, 1, rank]` gives each
             sample its own adapters, zeros switch one off.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return linear(x, down, gate=scale, dtype=wide)
+    return linear(x, down, gate=scale, dtype=accumulator(x.dtype))
 
 
 def linear_int8(

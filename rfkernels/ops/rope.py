@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rfkernels import _C
-from rfkernels.ops._register import define
+from rfkernels.ops._register import accumulator, define
 
 __all__ = ["qkv_norm_rope", "qkv_norm_rope_backward_reference", "qkv_norm_rope_reference", "rotary_table"]
 
@@ -204,7 +204,7 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float, tier: str) -> Tensor:
         return x
     if weight.numel() != x.shape[-1]:  # over the full width
         return _norm(x.flatten(2), weight, eps, tier).unflatten(2, x.shape[2:])
-    wide = x.to(_accumulator(x.dtype))
+    wide = x.to(accumulator(x.dtype))
     n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if tier == "exact_before_weight":
         return n.to(weight.dtype) * weight
@@ -226,10 +226,6 @@ def _rotate(x: Tensor, rotation: Tensor | None, row: int) -> Tensor:
     cos, sin = rotation.narrow(-3, row + first if end > first else 0, end - first).unsqueeze(-3).unbind(-1)
     turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
     return torch.cat([before, turned, behind], 1)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _head_dim(q: Tensor, per_stream: int, heads: int, kv_heads: int) -> int:
@@ -261,7 +257,7 @@ def _empty_backward(
     splits = max(1, min(512, (batch * length + 7) // 8))
     return (
         q.new_empty(batch, length, (heads + 2 * kv_heads) * d),
-        q.new_empty(splits, sum(_norm_widths(weights, d, heads, kv_heads)), dtype=_accumulator(q.dtype)),
+        q.new_empty(splits, sum(_norm_widths(weights, d, heads, kv_heads)), dtype=accumulator(q.dtype)),
     )
 
 
@@ -290,7 +286,7 @@ def qkv_norm_rope_backward_reference(
     widths = _norm_widths(weights, d, heads, kv_heads)
     d_weights = grads[len(tensors) :] or [tensors[0].new_empty(0)] * 2
     sums = torch.cat([g if g.numel() else g.new_zeros(n) for g, n in zip(d_weights, widths, strict=True)])
-    return d_tokens, sums.to(_accumulator(tensors[0].dtype))[None]
+    return d_tokens, sums.to(accumulator(tensors[0].dtype))[None]
 
 
 _qkv_norm_rope_backward = define(

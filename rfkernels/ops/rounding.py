@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rfkernels import _C
-from rfkernels.ops._register import define, expand_rows, row_scalar
+from rfkernels.ops._register import accumulator, define, expand_rows, row_scalar
 from rfkernels.ops.linear import linear
 from rfkernels.ops.noise import philox_words
 
@@ -170,7 +170,7 @@ def merge_low_rank(
         raise ValueError(_misfit(weight, down, up, scale))
     if isinstance(scale, Tensor) and tuple(scale.shape) not in ((), (len(down),)):
         raise ValueError(_misfit(weight, down, up, scale))
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = accumulator(weight.dtype)
     columns = up.to(wide)
     if scale is not None:
         columns = columns * (scale.to(wide) if isinstance(scale, Tensor) else scale)

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rfkernels.ops import affine_step, cfg_step, linear_combination
+from rfkernels.ops._register import accumulator
 from rfkernels.samplers.methods import Method, method_named, stage_sigmas
 
 __all__ = ["StepInfo", "Velocity", "sample"]
@@ -147,11 +148,7 @@ def _evaluate(velocity, at, sigma, guide, guidance) -> tuple[Tensor, ...]:
             got = list(v.shape) if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"sample: velocity must have the shape of x {list(at.shape)}, got {got}")
     result = tuple(v.contiguous() for v in result)
-    return result if guide is None else (linear_combination(result, guide.to(_accumulator(result[0]))),)
-
-
-def _accumulator(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+    return result if guide is None else (linear_combination(result, guide.to(accumulator(result[0].dtype))),)
 
 
 def _plan(
@@ -160,7 +157,7 @@ def _plan(
     """The launches of every step, their coefficients on the device of x."""
     factors = w = guide = None
     if guidance is not None:
-        w = torch.as_tensor(guidance, dtype=_accumulator(x), device=x.device)
+        w = torch.as_tensor(guidance, dtype=accumulator(x.dtype), device=x.device)
         if w.shape not in (torch.Size([]), x.shape[:1]):
             raise ValueError(f"sample: guidance must be a number or [{len(x)}], got {list(w.shape)}")
         factors = torch.stack([1 - w, w])
@@ -186,7 +183,7 @@ def _launches(
     """One launch per row of velocity coefficients; all coefficients go to the device in one copy."""
     uses = [tuple(k for k, c in enumerate(row) if c != 0) or (0,) for row in rows]
     used = [[1.0, *(row[k] for k in use)] for row, use in zip(rows, uses, strict=True)]
-    flat = torch.tensor([c for row in used for c in row], dtype=_accumulator(x), device=x.device)
+    flat = torch.tensor([c for row in used for c in row], dtype=accumulator(x.dtype), device=x.device)
     coefs = list(flat.split([len(row) for row in used]))
     if factors is not None:
         coefs = [c if len(c) == 2 else _with_guidance(c, factors) for c in coefs]
