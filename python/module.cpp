@@ -28,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What the library was built for and what this CPU offers.");
   m.def("use_exchange_api", &rfk::python::use_exchange_api, "Off: read every tensor through __dlpack__.");
   rfk::python::bind_activation(m);
+  rfk::python::bind_attention(m);
   rfk::python::bind_embedding(m);
   rfk::python::bind_guidance(m);
   rfk::python::bind_linear(m);

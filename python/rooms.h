@@ -50,6 +50,7 @@ void def(py::module_& m, const char* name, void (*f)(Stream, const TensorView&, 
 
 // One function per room of csrc/, defined in the file of the same name.
 void bind_activation(py::module_& m);
+void bind_attention(py::module_& m);
 void bind_embedding(py::module_& m);
 void bind_guidance(py::module_& m);
 void bind_linear(py::module_& m);

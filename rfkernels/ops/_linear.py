@@ -1,13 +1,12 @@
 """The op behind every linear layer: its definition, registration and gradient."""
 
-import threading
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rfkernels import _C
 from rfkernels.ops._register import accumulator, define
+from rfkernels.ops._workspace import workspace_of
 from rfkernels.ops.quantize import quantize, quantize_reference, rotate
 
 ACTIVATIONS = {
@@ -132,20 +131,9 @@ def _kernel(out, x, x_scale, *others):
     x, _, weight, weight_scale, weight_zero, _, _, up = tensors[:8]
     workspace = None
     if x.device.type == "cpu":
-        workspace = _workspace(_C.linear_workspace(x, weight, weight_scale, weight_zero, up))
+        size = _C.linear_workspace(x, weight, weight_scale, weight_zero, up)
+        workspace = workspace_of(size, x.device)
     _C.linear(out, *tensors, workspace, activation)
-
-
-_kept = threading.local()  # each thread's last workspace: new pages would cost a small product a tenth
-
-
-def _workspace(size: int) -> Tensor:
-    workspace = getattr(_kept, "workspace", None)
-    if workspace is None or workspace.numel() < size:
-        workspace = torch.empty(size, dtype=torch.uint8)
-        if size <= 64 << 20:
-            _kept.workspace = workspace
-    return workspace
 
 
 def _backward(grad, needs, *saved):

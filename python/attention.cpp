@@ -1,0 +1,18 @@
+#include "attention/attention.h"
+
+#include "rooms.h"
+
+namespace rfk::python {
+
+void bind_attention(py::module_& m) {
+  def(m, "attention", &attention);
+  m.def("attention_workspace",
+        [](const TensorArg& q, const TensorArg& k, const std::optional<TensorArg>& q_starts,
+           const std::string& precision) {
+          using View = Passed<std::optional<TensorView>>;
+          return attention_workspace(q.view, k.view, View::unwrap(q_starts), precision);
+        });
+  m.def("limit_attention_instructions", &limit_attention_instructions);
+}
+
+}  // namespace rfk::python
