@@ -17,11 +17,12 @@ template <typename T, typename A> RFK_SIMD void write_row(T* out, const A* sums,
   for (int64_t i = 0; i < n; ++i) out[i] = store<T>(sums[i] * by);
 }
 
-RFK_SIMD float dot(const float* a, const float* b, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
+// Rows of a tile of sums, by what the tile of keys makes of them.
+template <typename A> RFK_SIMD void rescale(A* sums, const A* by, int rows, int64_t width) {
+  for (int i = 0; i < rows; ++i)
+    if (by[i] != 1)
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) sums[i * width + j] *= by[i];
 }
 
 template <Product S> auto softmax_of(Product weights) {
@@ -84,7 +85,6 @@ template <Product S> class Attend {
     const Tokens q = queries_of(c_, p_, head_);
     const int64_t width = l_.steps * numbers_of(S);
     Number* const numbers = reinterpret_cast<Number*>(s_.decoded);
-    float* const row = reinterpret_cast<float*>(numbers + kMostRows * width);
     const A by = A(c_.scale == 0 ? kLog2e : std::fabs(c_.scale) * kLog2e);
     for (int i = 0; i < stride(t); ++i) {
       Number* const n = numbers + i * width;
@@ -92,13 +92,13 @@ template <Product S> class Attend {
       if (i >= rows(t)) {
         std::memset(static_cast<void*>(n), 0, width * sizeof(Number));
       } else if constexpr (kCodes) {
-        decode_row(row, q, first_ + t * kMostRows + i, l_.d);
-        turn(row, l_.d);
-        factors(t)[i] *= code_row<true>(n, row, l_.d, width).scale;
-        shifts(t)[i] = p_.keys ? A(std::fabs(c_.scale)) * dot(row, mean(), l_.d) : A(0);
+        const CodedRow coded = code_query(n, q, first_ + t * kMostRows + i, width);
+        factors(t)[i] *= coded.scale;
+        shifts(t)[i] = A(std::fabs(c_.scale)) * coded.dot;
       } else {
         decode_row(n, q, first_ + t * kMostRows + i, width);
-        turn(n, l_.d);
+        if (c_.scale <= 0)
+          for (int64_t j = 0; j < l_.d; ++j) n[j] = store<Number>(load(n[j]) * sign());
       }
     }
     interleave(queries(t), reinterpret_cast<const Word*>(numbers), l_.steps, stride(t), l_.steps);
@@ -109,12 +109,17 @@ template <Product S> class Attend {
     std::fill(sums(t), sums(t) + stride(t) * l_.columns(), A(0));
   }
 
-  const float* mean() const { return TilePanels(l_, const_cast<char*>(panels_)).mean_sums; }
-
   // Factors are positive: the sign of the scale, or its being 0, goes to the queries.
-  template <typename T> void turn(T* row, int64_t n) const {
-    if (c_.scale > 0) return;
-    for (int64_t i = 0; i < n; ++i) row[i] = store<T>(load(row[i]) * (c_.scale < 0 ? -1 : 0));
+  A sign() const { return c_.scale > 0 ? 1 : c_.scale < 0 ? -1 : 0; }
+
+  CodedRow code_query(int8_t* codes, const Tokens& q, int64_t row, int64_t width) const {
+    static constexpr float kZeros[kMaxHeadDim] = {};
+    const float* const mean = p_.keys ? TilePanels(l_, const_cast<char*>(panels_)).mean_sums : kZeros;
+    CodedRow coded;
+    dispatch_float("attention", q.dtype, [&]<typename T>() {
+      coded = code_row<Row::query>(codes, q.row_of<T>(row), mean, float(sign()), l_.d, width);
+    });
+    return coded;
   }
 
   // The panels of a tile that the rows see: all, or blocks of them.
@@ -197,8 +202,7 @@ template <Product S> class Attend {
     for (int64_t j = 0; column < l_.columns(); ++j) {
       const int width = j < l_.wide ? 32 : 16;
       A* const to = sums(t) + r * column;
-      for (int i = 0; i < rows(t); ++i)
-        if (s.rescale[i] != 1) multiply(to + i * width, s.rescale[i], width);
+      rescale(to, s.rescale, rows(t), width);
       const ValueShape shape = r == 4 ? (width == 32 ? kValues4x32 : kValues4x16)
                                       : (width == 32 ? kValues12x32 : kValues12x16);
       const TileFunction add = tiles()[product].values[shape];
@@ -206,7 +210,8 @@ template <Product S> class Attend {
       for (int i = 0; i < count_;) {  // runs of neighbouring panels
         int end = i + 1;
         while (end < count_ && panels_seen_[end] == panels_seen_[end - 1] + 1) ++end;
-        add((end - i) * panel_steps, s_.weights + i * panel_steps * word,
+        const int64_t steps = (end - i) * panel_steps;
+        add(l_.value_codes() ? ceil_div(steps, 16) * 16 : steps, s_.weights + i * panel_steps * word,
             values + panels_seen_[i] * panel_steps * width * word, to,
             l_.value_codes() ? Into::add_scaled_by_row : Into::add,
             {panels.offset, panels.value_scale + column, reinterpret_cast<const float*>(s.step)});

@@ -38,42 +38,50 @@ struct Tokens {
   int64_t stride, d;
   DType dtype;
   const char* row(int64_t i) const { return data + i * stride; }
+  template <typename T> const T* row_of(int64_t i) const { return reinterpret_cast<const T*>(row(i)); }
 };
 
 inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// A row of floats in steps of top / 127.
+// A row in int8 steps of its largest number, top / 127. A query is multiplied by `sign`, from a key the mean
+// is taken; `dot` is that of a query and the mean.
 struct CodedRow {
   float scale;  // NaN where the row has a number that is not finite; its codes are 0 then
-  double squares, top;
+  float top, squares, dot;
+  int32_t sum;  // of codes
 };
 
-RFK_SIMD inline bool is_finite_row(const float* v, int64_t n) {
-  int32_t bad = 0;
-#pragma omp simd reduction(| : bad)
-  for (int64_t i = 0; i < n; ++i) bad |= !(std::fabs(v[i]) <= 3.4028235e38f);
-  return !bad;
-}
+enum class Row : uint8_t { query, key };  // codes of queries are offset by 128 (core/tiles.h)
 
-template <bool kUnsigned> RFK_SIMD CodedRow code_row(int8_t* codes, const float* v, int64_t n, int64_t padded) {
-  float top = 0, squares = 0;
-#pragma omp simd reduction(max : top) reduction(+ : squares)
+template <Row kRow, typename T>
+RFK_SIMD CodedRow code_row(int8_t* codes, const T* row, const float* mean, float sign, int64_t n,
+                           int64_t padded) {
+  constexpr int32_t kInfinity = 0x7f800000, kMagic = 0x4b400000;  // 1.5 2^23: a sum with it is rounded
+  alignas(64) float v[kMaxHeadDim];
+  int32_t top = 0, sum = 0;  // the bits of a positive float are in its order, and NaN is the largest
+  float squares = 0, dot = 0;
+#pragma omp simd reduction(max : top) reduction(+ : squares, dot)
   for (int64_t i = 0; i < n; ++i) {
-    top = v[i] > top ? v[i] : top;
-    top = -v[i] > top ? -v[i] : top;
-    squares += v[i] * v[i];
+    const float x = float(load(row[i])), u = kRow == Row::query ? x * sign : x - mean[i];
+    if (kRow == Row::query) dot += u * mean[i];
+    const int32_t bits = std::bit_cast<int32_t>(u) & 0x7fffffff;
+    top = bits > top ? bits : top;
+    squares += u * u;
+    v[i] = u;
   }
-  const bool finite = is_finite_row(v, n);
-  const float bounded = top > 1e-28f ? top : 1e-28f, inverse = finite ? 127 / bounded : 0.0f;
-  constexpr int32_t kMagic = 0x4b400000;  // 1.5 2^23: a sum with it is rounded in its last bits
-#pragma omp simd
+  const bool finite = top < kInfinity;
+  const float given = std::bit_cast<float>(top), largest = given > 1e-28f ? given : 1e-28f;
+  const float inverse = 127 / largest;
+#pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
     const float scaled = finite ? v[i] * inverse : 0.0f;
-    codes[i] = int8_t((std::bit_cast<int32_t>(scaled + 0x1.8p23f) - kMagic) ^ (kUnsigned ? 0x80 : 0));
+    const int32_t code = std::bit_cast<int32_t>(scaled + 0x1.8p23f) - kMagic;
+    sum += code;
+    codes[i] = int8_t(code ^ (kRow == Row::query ? 0x80 : 0));
   }
-  std::memset(codes + n, kUnsigned ? 0x80 : 0, padded - n);
-  if (!finite) return {kNan, kNan, 0};
-  return {bounded / 127, squares, top};
+  for (int64_t i = n; i < padded; ++i) codes[i] = 0;
+  if (!finite) return {kNan, kNan, kNan, dot, 0};
+  return {largest / 127, given, squares, dot, sum};
 }
 
 // Decodes row i to numbers, zeros up to `padded`.
@@ -83,15 +91,15 @@ template <typename D> void decode_row(D* out, const Tokens& t, int64_t i, int64_
 }
 
 // Adds to sums [d] what is finite of rows first .. first + count.
-void add_finite(float* sums, const Tokens& t, int64_t first, int64_t count, float* decoded);
+void add_finite(float* sums, const Tokens& t, int64_t first, int64_t count);
 
 // Packs `count` keys or values from `first` on, a tile. Scales of keys are 0 before, and NaN afterwards for
 // those that are not finite, be it in their value: values are packed first.
 struct PackFunctions {
   void (*keys)(const HeadLayout& layout, const TilePanels& to, const Tokens& k, int64_t first, int64_t count,
-               const float* mean, void* decoded);
+               const float* mean, void* scratch);
   void (*values)(const HeadLayout& layout, const TilePanels& to, const Tokens& v, int64_t first,
-                 int64_t count, void* decoded);
+                 int64_t count, void* scratch);
 };
 PackFunctions pack_functions(Products p);
 
