@@ -117,7 +117,7 @@ class Waves {
     }
     if (c_.fell_back) {
 #pragma omp for
-      for (int64_t i = 0; i < count_ * group(); ++i) decide(problems_[i / group()], i % group(), scratch);
+      for (int64_t i = 0; i < count_ * group(); ++i) decide(problems_[i / group()], i % group());
     }
     if (p_.with_full) {
 #pragma omp for
@@ -129,7 +129,7 @@ class Waves {
     const Problem& p = problem_of<&Problem::first_tile>(index);
     const int64_t tile = tile_of(p, index);
     float* const sums = eight(p, tile).mean_sums;
-    std::fill(sums, sums + c_.d, 0.0f);
+    std::fill(sums, sums + padded(c_.d), 0.0f);
     add_finite(sums, keys(p), tile * kWeightKeys, keys_of(p, tile));
   }
 
@@ -139,6 +139,7 @@ class Waves {
     float* const mean = eight(p, 0).mean_sums;
     if (c_.key_mean) {
       const float* given = c_.key_mean->ptr<float>() + (p.sequence * c_.kv_heads + p.kv_head) * c_.d;
+      std::fill(mean, mean + padded(c_.d), 0.0f);
       for (int64_t i = 0; i < c_.d; ++i) mean[i] = std::isfinite(given[i]) ? given[i] : 0.0f;
       return;
     }
@@ -178,16 +179,15 @@ class Waves {
     return c_.fell_back->ptr<uint8_t>()[p.sequence * c_.heads + p.kv_head * group() + g];
   }
 
-  void decide(const Problem& p, int64_t g, const Scratch& scratch) const {
+  void decide(const Problem& p, int64_t g) const {
     double sums[4] = {}, q_squares = 0, q_tops = 0;
     for (int64_t tile = 0; tile < p.tiles(); ++tile)
       for (int i = 0; i < 4; ++i) sums[i] += eight(p, tile).statistics[i];
     const Tokens q = queries_of(c_, p, p.kv_head * group() + g);
-    int8_t* const codes = reinterpret_cast<int8_t*>(scratch.decoded);
     const float zeros[kMaxHeadDim] = {};
     dispatch_float("attention", q.dtype, [&]<typename T>() {
       for (int64_t i = 0; i < p.rows; ++i) {
-        const CodedRow coded = code_row<Row::query>(codes, q.row_of<T>(i), zeros, 1.0f, c_.d, c_.d);
+        const CodedRow coded = code_row<Row::squares>(nullptr, q.row_of<T>(i), zeros, 1.0f, c_.d);
         q_squares += coded.squares, q_tops += double(coded.top) * coded.top;
       }
     });

@@ -113,7 +113,7 @@ void pack_value_codes(const HeadLayout& l, const TilePanels& to, const Tokens& v
 template <typename T>
 void pack_key_codes(const HeadLayout& l, const TilePanels& to, const Tokens& k, int64_t first, int64_t count,
                     const float* mean, void* scratch) {
-  const int64_t width = l.steps * 4;
+  const int64_t width = l.steps * 4;  // of a row; the next one overwrites codes behind it
   int8_t* const codes = static_cast<int8_t*>(scratch);
   double squares = 0, top_squares = 0;
   for (int64_t panel = 0; panel * kPanel < count; ++panel) {
@@ -125,7 +125,7 @@ void pack_key_codes(const HeadLayout& l, const TilePanels& to, const Tokens& k, 
         continue;
       }
       const CodedRow coded =
-          code_row<Row::key>(codes + j * width, k.row_of<T>(first + key), mean, 1.0f, l.d, width);
+          code_row<Row::key>(codes + j * width, k.row_of<T>(first + key), mean, 1.0f, l.d);
       to.offset[key] = 128 * coded.sum;
       to.scale[key] += coded.scale;  // NaN of the value stays
       squares += coded.squares, top_squares += double(coded.top) * coded.top;

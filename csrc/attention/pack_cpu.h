@@ -43,45 +43,90 @@ struct Tokens {
 
 inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// A row in int8 steps of its largest number, top / 127. A query is multiplied by `sign`, from a key the mean
-// is taken; `dot` is that of a query and the mean.
+// A row in int8 steps of its largest number, top / 127.
 struct CodedRow {
   float scale;  // NaN where the row has a number that is not finite; its codes are 0 then
   float top, squares, dot;
   int32_t sum;  // of codes
 };
 
-enum class Row : uint8_t { query, key };  // codes of queries are offset by 128 (core/tiles.h)
+// What is made of a row: a query times `sign`, its codes offset by 128 (core/tiles.h), with `dot` that of it
+// and the mean; a key less the mean, with the sum of its codes; or the squares alone.
+enum class Row : uint8_t { query, key, squares };
 
+constexpr int64_t padded(int64_t d) { return ceil_div(d, 16) * 16; }
+
+// Sixteen numbers, in as many registers as an instruction set needs: sums of lanes need no loop of scalars.
+using Floats __attribute__((vector_size(64))) = float;
+using Integers __attribute__((vector_size(64))) = int32_t;
+using Bytes __attribute__((vector_size(16))) = int8_t;
+
+template <typename T> RFK_HD void load_into(Floats& to, const T* from) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    uint16_t __attribute__((vector_size(32))) bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    to = (Floats)(__builtin_convertvector(bits, Integers) << 16);
+  } else {
+    for (int i = 0; i < 16; ++i) to[i] = float(load(from[i]));
+  }
+}
+
+RFK_HD float total(const Floats& v) {
+  float sums[8];
+  for (int i = 0; i < 8; ++i) sums[i] = v[i] + v[i + 8];
+  for (int half = 4; half >= 1; half /= 2)
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+}
+
+RFK_HD int32_t total(const Integers& v) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += v[i];
+  return sum;
+}
+
+RFK_HD int32_t top(const Integers& v) {
+  int32_t top = 0;
+  for (int i = 0; i < 16; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// Writes `padded(n)` codes; `mean` has as many numbers, zeros behind n.
 template <Row kRow, typename T>
-RFK_SIMD CodedRow code_row(int8_t* codes, const T* row, const float* mean, float sign, int64_t n,
-                           int64_t padded) {
+RFK_SIMD CodedRow code_row(int8_t* codes, const T* row, const float* mean, float sign, int64_t n) {
   constexpr int32_t kInfinity = 0x7f800000, kMagic = 0x4b400000;  // 1.5 2^23: a sum with it is rounded
-  alignas(64) float v[kMaxHeadDim];
-  int32_t top = 0, sum = 0;  // the bits of a positive float are in its order, and NaN is the largest
-  float squares = 0, dot = 0;
-#pragma omp simd reduction(max : top) reduction(+ : squares, dot)
-  for (int64_t i = 0; i < n; ++i) {
-    const float x = float(load(row[i])), u = kRow == Row::query ? x * sign : x - mean[i];
-    if (kRow == Row::query) dot += u * mean[i];
-    const int32_t bits = std::bit_cast<int32_t>(u) & 0x7fffffff;
-    top = bits > top ? bits : top;
-    squares += u * u;
-    v[i] = u;
+  Floats v[kMaxHeadDim / 16];
+  T whole[kMaxHeadDim];
+  const int64_t pieces = padded(n) / 16;
+  std::memcpy(static_cast<void*>(whole), row, n * sizeof(T));
+  for (int64_t i = n; i < 16 * pieces; ++i) whole[i] = T{};
+  Integers tops = {};  // the bits of a positive float are in its order, and NaN is the largest
+  Floats squares = {}, dot = {};
+  for (int64_t i = 0; i < pieces; ++i) {
+    Floats x, m;
+    load_into(x, whole + 16 * i);
+    load_into(m, mean + 16 * i);
+    v[i] = kRow == Row::query ? x * sign : x - m;
+    if (kRow == Row::query) dot += v[i] * m;
+    const Integers bits = (Integers)v[i] & 0x7fffffff;
+    tops = bits > tops ? bits : tops;
+    squares += v[i] * v[i];
   }
-  const bool finite = top < kInfinity;
-  const float given = std::bit_cast<float>(top), largest = given > 1e-28f ? given : 1e-28f;
+  const int32_t top_bits = top(tops);
+  const float given = std::bit_cast<float>(top_bits), largest = given > 1e-28f ? given : 1e-28f;
+  const bool finite = top_bits < kInfinity;
+  if (kRow == Row::squares) return {finite ? 1 : kNan, given, finite ? total(squares) : kNan, 0, 0};
   const float inverse = 127 / largest;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const float scaled = finite ? v[i] * inverse : 0.0f;
-    const int32_t code = std::bit_cast<int32_t>(scaled + 0x1.8p23f) - kMagic;
-    sum += code;
-    codes[i] = int8_t(code ^ (kRow == Row::query ? 0x80 : 0));
+  Integers sum = {};
+  for (int64_t i = 0; i < pieces; ++i) {
+    Integers code = (Integers)(v[i] * inverse + 0x1.8p23f) - kMagic;
+    if (!finite) code = Integers{};
+    if (kRow == Row::key) sum += code;
+    const Bytes bytes = __builtin_convertvector(code ^ (kRow == Row::query ? 0x80 : 0), Bytes);
+    std::memcpy(codes + 16 * i, &bytes, sizeof(bytes));
   }
-  for (int64_t i = n; i < padded; ++i) codes[i] = 0;
-  if (!finite) return {kNan, kNan, kNan, dot, 0};
-  return {largest / 127, given, squares, dot, sum};
+  if (!finite) return {kNan, kNan, kNan, total(dot), 0};
+  return {largest / 127, given, total(squares), total(dot), kRow == Row::key ? total(sum) : 0};
 }
 
 // Decodes row i to numbers, zeros up to `padded`.

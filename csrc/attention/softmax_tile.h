@@ -73,7 +73,7 @@ inline typename L::V exponent(const A* scores, typename L::V factor, typename L:
 // Writes the weights of row i and returns their sum.
 template <typename L, Product W, bool kBias, bool kRelative, int Degree, typename A>
 inline A weights_of_row(const SoftmaxTile<A>& t, int i, A base) {
-  const auto factor = L::set(t.factor[i]), minus = L::set(-base);
+  const auto factor = L::set(t.factor[i]), minus = L::set(-base), one = L::set(1);
   auto sum = L::set(0);
   auto* const words = static_cast<typename L::Word*>(t.weights) + i * weight_stride(W);
   for (int p = 0; p < t.panels; ++p) {
@@ -82,7 +82,7 @@ inline A weights_of_row(const SoftmaxTile<A>& t, int i, A base) {
 #pragma GCC unroll 32
     for (int n = 0; n < kPanel / L::kLanes; ++n) {
       w[n] = exp2_of<Degree, L>(exponent<L, kBias>(scores + n * L::kLanes, factor, minus));
-      sum += w[n];
+      sum = L::fma(w[n], one, sum);  // FMA units idle, adders do not
       if constexpr (kRelative) w[n] *= L::load(t.relative + t.panel_keys[p] + n * L::kLanes - i);
       if constexpr (W != Product::bf16) L::store(reinterpret_cast<A*>(words) + p * kPanel + n * L::kLanes, w[n]);
     }
@@ -96,7 +96,7 @@ inline A weights_of_row(const SoftmaxTile<A>& t, int i, A base) {
 template <typename L, bool kBias, int Degree>
 inline float codes_of_row(const SoftmaxTile<float>& t, int i, float base, float& integers) {
   constexpr float kLog255 = 7.99435344f;
-  const auto factor = L::set(t.factor[i]), minus = L::set(kLog255 - base);
+  const auto factor = L::set(t.factor[i]), minus = L::set(kLog255 - base), one = L::set(1.0f);
   auto sum = L::set(0);
   auto codes = L::no_codes();
   auto* const words = static_cast<uint32_t*>(t.weights) + i * weight_stride(Product::int8);
@@ -111,8 +111,8 @@ inline float codes_of_row(const SoftmaxTile<float>& t, int i, float base, float&
         if (q >= 2 && !both) break;
         const int at = q / 2 * t.stride * kPanel + q % 2 * 16 + w;
         const auto v = exp2_of<Degree, L>(exponent<L, kBias>(scores + at, factor, minus));
-        sum += v;
-        bytes[q] = (typename L::I)(v + L::set(0x1.8p23f));  // rounded, in the last byte
+        sum = L::fma(v, one, sum);
+        bytes[q] = (typename L::I)L::fma(v, one, L::set(0x1.8p23f));  // rounded, in the last byte
       }
       const typename L::I word = (bytes[0] & 255) | (bytes[1] & 255) << 8 | (bytes[2] & 255) << 16 | bytes[3] << 24;
       L::add_codes(codes, word);

@@ -63,6 +63,17 @@ RFK_HD double one_plus_exp(double x) { return 1 + std::exp(x); }
 RFK_HD float exp_(float x) { return detail::exp_in_range(detail::clamp(x, -105.0f, 89.0f)); }
 RFK_HD double exp_(double x) { return std::exp(x); }
 
+// The binary logarithm of normal x > 0, to 1e-7 (absolute where it is small); NaN stays. With m = x / 2^n in
+// 2^-1/2 .. 2^1/2 it is n + 2 artanh(s) / ln 2 of s = (m - 1) / (m + 1).
+RFK_HD float log2_(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x) - 0x3f3504f3;  // 2^-1/2
+  const int32_t n = int32_t(bits) >> 23;
+  const float m = std::bit_cast<float>((bits & 0x7fffff) + 0x3f3504f3), s = (m - 1) / (m + 1), z = s * s;
+  const float p = 2.885390082f + z * (0.9617966939f + z * (0.5770780164f + z * (0.4121985831f + z * 0.32f)));
+  return float(n) + s * p + (x - x);
+}
+RFK_HD double log2_(double x) { return std::log2(x); }
+
 // tanh within 3 ulp, as (e^2a - 1) / (e^2a + 1) of a = |x| with e^2a - 1 free of cancellation.
 RFK_HD float tanh_(float x) {
   const uint32_t sign = std::bit_cast<uint32_t>(x) & 0x80000000;
