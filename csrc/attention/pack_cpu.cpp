@@ -5,37 +5,46 @@
 namespace rfk {
 namespace {
 
-template <typename T> RFK_SIMD void add_finite_row(float* sums, const T* row, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = float(load(row[i]));
-    sums[i] += std::fabs(v) <= 3.4028235e38f ? v : 0.0f;
+constexpr int32_t kInfinity = 0x7f800000;
+
+// What is not finite becomes 0.
+RFK_HD void keep_finite(Floats& v) { v = ((Integers)v & 0x7fffffff) < kInfinity ? v : Floats{}; }
+
+template <typename T> RFK_SIMD void add_finite_row(Floats* sums, const T* row, int64_t n) {
+  Floats v[kMaxHeadDim / 16];
+  load_row(v, row, n);
+  for (int64_t i = 0; i < padded(n) / 16; ++i) {
+    keep_finite(v[i]);
+    sums[i] += v[i];
   }
 }
 
 // Raises the tops of columns, as bits of floats, to what is finite of a row. Returns the sum of squares, NaN
 // if something is not.
-template <typename T> RFK_SIMD float raise_tops(int32_t* tops, const T* row, int64_t n) {
-  constexpr int32_t kInfinity = 0x7f800000;
-  int32_t top = 0;
-  float squares = 0;
-#pragma omp simd reduction(max : top) reduction(+ : squares)
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = float(load(row[i]));
-    const int32_t bits = std::bit_cast<int32_t>(v) & 0x7fffffff, finite = bits < kInfinity ? bits : 0;
-    top = bits > top ? bits : top;
-    tops[i] = finite > tops[i] ? finite : tops[i];
-    squares += v * v;
+template <typename T> RFK_SIMD float raise_tops(Integers* tops, const T* row, int64_t n) {
+  Floats v[kMaxHeadDim / 16], squares = {};
+  Integers all = {};
+  load_row(v, row, n);
+  for (int64_t i = 0; i < padded(n) / 16; ++i) {
+    const Integers bits = (Integers)v[i] & 0x7fffffff, known = bits < kInfinity ? bits : Integers{};
+    all = bits > all ? bits : all;
+    tops[i] = known > tops[i] ? known : tops[i];
+    squares += v[i] * v[i];
   }
-  return top < kInfinity ? squares : kNan;
+  return top(all) < kInfinity ? total(squares) : kNan;
 }
 
 template <typename T>
 RFK_SIMD void code_by_column(int8_t* codes, const T* row, const float* inverse, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = float(load(row[i])), finite = std::fabs(v) <= 3.4028235e38f ? v : 0.0f;
-    codes[i] = int8_t(std::bit_cast<int32_t>(finite * inverse[i] + 0x1.8p23f) - 0x4b400000);
+  Floats v[kMaxHeadDim / 16];
+  load_row(v, row, n);
+  for (int64_t i = 0; i < padded(n) / 16; ++i) {
+    Floats by;
+    std::memcpy(&by, inverse + 16 * i, sizeof(by));
+    keep_finite(v[i]);
+    const Integers code = (Integers)(v[i] * by + 0x1.8p23f) - 0x4b400000;
+    const Bytes bytes = __builtin_convertvector(code, Bytes);
+    std::memcpy(codes + 16 * i, &bytes, sizeof(bytes));
   }
 }
 
@@ -91,7 +100,7 @@ void pack_value_codes(const HeadLayout& l, const TilePanels& to, const Tokens& v
   std::memset(scratch, 0, columns * (4 + 4));
   double squares = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float sum = raise_tops(tops, v.row_of<T>(first + i), l.d);
+    const float sum = raise_tops(reinterpret_cast<Integers*>(tops), v.row_of<T>(first + i), l.d);
     if (sum != sum) to.scale[i] = kNan;
     squares += sum;
   }
@@ -104,7 +113,7 @@ void pack_value_codes(const HeadLayout& l, const TilePanels& to, const Tokens& v
         if (key < count)
           code_by_column(codes + q * columns, v.row_of<T>(first + key), inverse, l.d);
         else
-          std::memset(codes + q * columns, 0, l.d);
+          std::memset(codes + q * columns, 0, columns);
       }
       put_step<Product::int8>(l, to.values, group / 4 + w, codes, columns);
     }
@@ -195,7 +204,7 @@ PackFunctions pack_functions(Products p) {
 
 void add_finite(float* sums, const Tokens& t, int64_t first, int64_t count) {
   dispatch_float("attention", t.dtype, [&]<typename T>() {
-    for (int64_t i = first; i < first + count; ++i) add_finite_row(sums, t.row_of<T>(i), t.d);
+    for (int64_t i = first; i < first + count; ++i) add_finite_row(reinterpret_cast<Floats*>(sums), t.row_of<T>(i), t.d);
   });
 }
 

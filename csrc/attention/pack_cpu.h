@@ -71,6 +71,16 @@ template <typename T> RFK_HD void load_into(Floats& to, const T* from) {
   }
 }
 
+// A row of n numbers in pieces of sixteen, zeros behind n.
+template <typename T> RFK_HD void load_row(Floats* to, const T* row, int64_t n) {
+  const int64_t whole = n / 16, rest = n % 16;
+  for (int64_t i = 0; i < whole; ++i) load_into(to[i], row + 16 * i);
+  if (rest == 0) return;
+  T tail[16] = {};
+  for (int64_t i = 0; i < rest; ++i) tail[i] = row[16 * whole + i];
+  load_into(to[whole], tail);
+}
+
 RFK_HD float total(const Floats& v) {
   float sums[8];
   for (int i = 0; i < 8; ++i) sums[i] = v[i] + v[i + 8];
@@ -96,17 +106,14 @@ template <Row kRow, typename T>
 RFK_SIMD CodedRow code_row(int8_t* codes, const T* row, const float* mean, float sign, int64_t n) {
   constexpr int32_t kInfinity = 0x7f800000, kMagic = 0x4b400000;  // 1.5 2^23: a sum with it is rounded
   Floats v[kMaxHeadDim / 16];
-  T whole[kMaxHeadDim];
   const int64_t pieces = padded(n) / 16;
-  std::memcpy(static_cast<void*>(whole), row, n * sizeof(T));
-  for (int64_t i = n; i < 16 * pieces; ++i) whole[i] = T{};
+  load_row(v, row, n);
   Integers tops = {};  // the bits of a positive float are in its order, and NaN is the largest
   Floats squares = {}, dot = {};
   for (int64_t i = 0; i < pieces; ++i) {
-    Floats x, m;
-    load_into(x, whole + 16 * i);
-    load_into(m, mean + 16 * i);
-    v[i] = kRow == Row::query ? x * sign : x - m;
+    Floats m;
+    std::memcpy(&m, mean + 16 * i, sizeof(m));
+    v[i] = kRow == Row::query ? v[i] * sign : v[i] - m;
     if (kRow == Row::query) dot += v[i] * m;
     const Integers bits = (Integers)v[i] & 0x7fffffff;
     tops = bits > tops ? bits : tops;
