@@ -44,7 +44,7 @@ class Call:
         return self.each(_torch_attention)[0]
 
     def each(self, f: Callable) -> tuple[Tensor, Tensor]:
-        """f of every sequence as [batch, heads, tokens, d] tensors and options, joined as the call has them."""
+        """f of every sequence, [batch, heads, tokens, d] tensors and options, joined as the call has them."""
         o = {"bias": None, "factor": None, "key_lengths": None, "block_mask": None, "head_shift": None}
         o |= {"scale": self.q.shape[-1] ** -0.5, "frames": 1, "layout": "bhld"}
         o |= {name: value for name, value in self.options.items() if value is not None}
@@ -245,7 +245,9 @@ def assert_matches(call: Call, precision: str = "full") -> None:
     assert torch.equal(lse == -torch.inf, unseen)
     out, exact = call.heads_first(out), call.heads_first(exact)
     assert (out[unseen] == 0).all()
-    off = (lse.double() - exact_lse).masked_fill(unseen, 0).abs() / (1 + exact_lse.masked_fill(unseen, 0).abs())
+    off = (lse.double() - exact_lse).masked_fill(unseen, 0).abs() / (
+        1 + exact_lse.masked_fill(unseen, 0).abs()
+    )
     eight_bits = precision in ("int8", "fp8")
     limit = 4e-2 if eight_bits else 1e-12 if wide == F64 else 1e-5  # of one score, where one key is seen
     assert out.numel() == 0 or off.max() <= limit, f"lse is off by {off.max():.2e}"

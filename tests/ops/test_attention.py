@@ -1,4 +1,4 @@
-"""Attention in full precision against float64: every option, alone and together, and where its result lies."""
+"""Attention in full precision against float64: options alone and together, and where the result lies."""
 
 import math
 from itertools import product
@@ -188,7 +188,9 @@ def test_precision_bf16_is_that_of_rounded_tensors(device):
             if options:
                 rounded = rounded.but(bias=bias.to(BF16 if dtype == BF16 else F32))
             expected, expected_lse = rounded.run()
-            assert out.dtype == dtype and torch.equal(out, expected.to(dtype)) and torch.equal(lse, expected_lse)
+            assert (
+                out.dtype == dtype and torch.equal(out, expected.to(dtype)) and torch.equal(lse, expected_lse)
+            )
 
 
 @every_device

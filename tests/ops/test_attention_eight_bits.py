@@ -88,7 +88,9 @@ def test_a_mean_of_packed_sequences_and_of_what_is_seen(precision, device):
     starts = torch.tensor([0, *lengths], device=device).cumsum(0)
     tokens = lambda heads: torch.randn(240, heads, 64, device=device)
     call = Call(tokens(4), tokens(2), tokens(2), {"cu_seqlens": starts})
-    offset = 20 * torch.tensor([1.0, -1.0], device=device).repeat_interleave(torch.tensor([40, 200]).to(device))
+    offset = 20 * torch.tensor([1.0, -1.0], device=device).repeat_interleave(
+        torch.tensor([40, 200]).to(device)
+    )
     call = call.but(k=call.k + offset[:, None, None])  # each sequence its own
     assert_near(call.run(precision)[0], call.exact()[0], cosine=0.9995, l1=0.02)
     means = torch.stack([call.k[:40].mean(0), torch.zeros(2, 64, device=device), call.k[40:].mean(0)])
@@ -186,7 +188,9 @@ def test_auto_decides_for_every_packed_sequence(device):
     falls[2, 1] = True
     assert torch.equal(decision(), falls)
     full, int8 = call.run("full"), call.run("int8")
-    assert torch.equal(out[100:140, 1], full[0][100:140, 1]) and torch.equal(lse[1, 100:140], full[1][1, 100:140])
+    assert torch.equal(out[100:140, 1], full[0][100:140, 1]) and torch.equal(
+        lse[1, 100:140], full[1][1, 100:140]
+    )
     assert torch.equal(out[:, 0], int8[0][:, 0]) and torch.equal(out[140:], int8[0][140:])
 
 

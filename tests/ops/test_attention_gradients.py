@@ -75,7 +75,9 @@ def test_gradcheck(name, device, block):
 
 
 @every_device
-@pytest.mark.parametrize("bias", [(2, 4, 5, 7), (1, 4, 5, 7), (2, 1, 5, 7), (2, 4, 1, 7), (1, 1, 1, 7)], ids=str)
+@pytest.mark.parametrize(
+    "bias", [(2, 4, 5, 7), (1, 4, 5, 7), (2, 1, 5, 7), (2, 4, 1, 7), (1, 1, 1, 7)], ids=str
+)
 @pytest.mark.parametrize("heads", [1, 4])
 def test_gradcheck_of_bias_and_factor(bias, heads, device, block):
     tensors = leaves(*PLAIN, bias, (heads, 11), device=device)
@@ -112,7 +114,9 @@ def test_only_what_is_wanted_has_a_gradient(device):
 
 def _loss(q, k, v, bias, factor):
     out, lse = ops.attention(q, k, v, bias=bias, factor=factor, return_lse=True)
-    return (out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum() + lse.square().sum()
+    return (
+        out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
+    ).sum() + lse.square().sum()
 
 
 @every_device
@@ -188,7 +192,9 @@ def test_eight_bits_have_the_gradient_of_full_precision(precision, device):
 
 @every_device
 def test_the_mean_of_the_keys_has_no_gradient(device):
-    q, k, v = (t.float().detach().requires_grad_() for t in leaves((1, 1, 9, 8), *[(1, 1, 5, 8)] * 2, device=device))
+    q, k, v = (
+        t.float().detach().requires_grad_() for t in leaves((1, 1, 9, 8), *[(1, 1, 5, 8)] * 2, device=device)
+    )
     mean = ops.key_mean(k).detach().requires_grad_()
     out = ops.attention(q, k, v, key_mean=mean, precision="int8")
     *used, unused = torch.autograd.grad(out.sum(), (q, k, v, mean), allow_unused=True)

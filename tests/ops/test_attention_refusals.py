@@ -58,7 +58,10 @@ TOKENS = r"k and v must be \[batch, kv_heads, keys, d\] of the dtype and device 
         ({"k": torch.zeros(2, 0, 70, 8)}, "the heads of k must divide those of q|integer"),
         ({"scale": float("inf")}, "scale must be finite, got inf"),
         ({"scale": float("nan")}, "scale must be finite"),
-        (result(out=torch.zeros(2, 4, 6, 8)), r"out must be like q f32\[2, 4, 5, 8\] cpu, got f32\[2, 4, 6, 8\]"),
+        (
+            result(out=torch.zeros(2, 4, 6, 8)),
+            r"out must be like q f32\[2, 4, 5, 8\] cpu, got f32\[2, 4, 6, 8\]",
+        ),
         (result(out=torch.zeros(2, 4, 5, 8, dtype=F64)), "out must be like q"),
         (result(out=torch.zeros(2, 4, 8, 5).mT), "out must be like q"),
         (result(torch.zeros(2, 4, 6)), r"lse must be contiguous f32\[2, 4, 5\]"),
@@ -104,14 +107,29 @@ TOKENS = r"k and v must be \[batch, kv_heads, keys, d\] of the dtype and device 
         ({**PACKED, "key_lengths": starts(70)}, ALONE),
         ({**PACKED, "block_mask": torch.ones(1, 1, 1, 2, dtype=torch.uint8)}, ALONE),
         ({**PACKED, "head_shift": starts(0, 0)}, ALONE),
-        ({**PACKED, "q_starts": starts(1, 2, 5)}, r"cu_seqlens must go from 0 to the number of tokens 5, got 1 \.\. 5"),
+        (
+            {**PACKED, "q_starts": starts(1, 2, 5)},
+            r"cu_seqlens must go from 0 to the number of tokens 5, got 1 \.\. 5",
+        ),
         ({**PACKED, "q_starts": starts(0, 2, 4)}, r"must go from 0 to the number of tokens 5, got 0 \.\. 4"),
-        ({**PACKED, "k_starts": starts(0, 2, 5)}, "cu_seqlens of the keys must go from 0 to the number of tokens 70"),
+        (
+            {**PACKED, "k_starts": starts(0, 2, 5)},
+            "cu_seqlens of the keys must go from 0 to the number of tokens 70",
+        ),
         ({**PACKED, "q_starts": starts(0, 6, 5)}, "cu_seqlens must not decrease, got 6 before 5"),
-        ({**PACKED, "k_starts": starts(0, -1, 70)}, "cu_seqlens of the keys must not decrease, got 0 before -1"),
+        (
+            {**PACKED, "k_starts": starts(0, -1, 70)},
+            "cu_seqlens of the keys must not decrease, got 0 before -1",
+        ),
         ({"precision": "int4"}, "precision must be full, int8, fp8 or auto, got int4"),
-        ({"precision": "int8", "q": Q.double(), "k": K.double()}, "precision must be full for float64 tensors"),
-        ({"key_mean": torch.zeros(2, 4, 8), "precision": "int8"}, r"key_mean must be contiguous f32\[2, 2, 8\]"),
+        (
+            {"precision": "int8", "q": Q.double(), "k": K.double()},
+            "precision must be full for float64 tensors",
+        ),
+        (
+            {"key_mean": torch.zeros(2, 4, 8), "precision": "int8"},
+            r"key_mean must be contiguous f32\[2, 2, 8\]",
+        ),
         ({"key_mean": torch.zeros(2, 2, 8, dtype=BF16)}, r"key_mean must be contiguous f32\[2, 2, 8\]"),
         ({"key_mean": torch.zeros(2, 8, 2).mT}, r"key_mean must be contiguous f32\[2, 2, 8\]"),
         ({**PACKED, "key_mean": torch.zeros(1, 2, 8)}, r"key_mean must be contiguous f32\[2, 2, 8\]"),
@@ -167,7 +185,10 @@ TOKENS_LAST = torch.zeros(5, 4, 8)
 @pytest.mark.parametrize(
     "f, message",
     [
-        (lambda: ops.attention(Q, K, K, precision="int4"), "precision must be one of full, bf16, int8, fp8, auto"),
+        (
+            lambda: ops.attention(Q, K, K, precision="int4"),
+            "precision must be one of full, bf16, int8, fp8, auto",
+        ),
         (lambda: ops.attention(Q, K, K, layout="lbhd"), "layout must be 'bhld' or 'blhd', got 'lbhd'"),
         (lambda: ops.key_mean(K, layout="lbhd"), "layout must be 'bhld' or 'blhd'"),
         (lambda: ops.attention(Q[0], K, K), r"q must be four axes, bhld, got \(4, 5, 8\)"),
@@ -186,9 +207,18 @@ TOKENS_LAST = torch.zeros(5, 4, 8)
             "cu_seqlens goes with a batch of 1 and without bias",
         ),
         (lambda: ops.attention(Q, K.transpose(1, 2), K, layout="blhd"), "k and v must be"),
-        (lambda: ops.attention(Q, K, K, bias=torch.ones(5, 70).bool()), r"bias must be \[2 or 1, 4 or 1, 5 or 1, 70\]"),
-        (lambda: ops.attention(Q, K, K, key_lengths=torch.tensor([70, 71])), r"key_lengths must be 0\.\.70, got 71"),
-        (lambda: ops.attention(Q.double(), K.double(), K.double(), precision="auto"), "full for float64 tensors"),
+        (
+            lambda: ops.attention(Q, K, K, bias=torch.ones(5, 70).bool()),
+            r"bias must be \[2 or 1, 4 or 1, 5 or 1, 70\]",
+        ),
+        (
+            lambda: ops.attention(Q, K, K, key_lengths=torch.tensor([70, 71])),
+            r"key_lengths must be 0\.\.70, got 71",
+        ),
+        (
+            lambda: ops.attention(Q.double(), K.double(), K.double(), precision="auto"),
+            "full for float64 tensors",
+        ),
     ],
 )
 def test_function_refuses_what_does_not_fit(f, message):

@@ -50,7 +50,8 @@ def test_op_obeys_torch(form, device):
     if form == "packed":  # its gradient reads the starts on the host, which no graph can hold
         return
     floating = tuple(
-        a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+        a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in args
     )
     torch.library.opcheck(run_attention.functional, floating)
 
@@ -60,7 +61,9 @@ def test_op_obeys_torch(form, device):
 def test_an_empty_result_is_like_a_real_one(form, device):
     args = arguments(form, device)
     for empty, result in zip(run_attention.empty(*args), run_attention(*args), strict=True):
-        assert empty.shape == result.shape and empty.stride() == result.stride() and empty.dtype == result.dtype
+        assert (
+            empty.shape == result.shape and empty.stride() == result.stride() and empty.dtype == result.dtype
+        )
 
 
 def step(q, k, v, *, options, precision="full", layout="bhld"):
@@ -144,7 +147,9 @@ def test_gradients_compile(dynamic, device):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (9, 17) if dynamic else (9,):
         call = simple((2, 4, 2, rows, 70, 8), F32, device)
-        tensors = [t.requires_grad_() for t in (call.q, call.k, call.v, torch.randn(1, 4, rows, 70, device=device))]
+        tensors = [
+            t.requires_grad_() for t in (call.q, call.k, call.v, torch.randn(1, 4, rows, 70, device=device))
+        ]
         torch.testing.assert_close(
             torch.autograd.grad(compiled(*tensors), tensors), torch.autograd.grad(loss(*tensors), tensors)
         )
