@@ -41,7 +41,4 @@ void attention(Stream stream, const TensorView& out, const TensorView& lse, cons
 int64_t attention_workspace(const TensorView& q, const TensorView& k,
                             const std::optional<TensorView>& q_starts, const std::string& precision);
 
-// Confines `attention` on the CPU to an instruction set, as `limit_linear_instructions`. For tests.
-bool limit_attention_instructions(const std::string& name);
-
 }  // namespace rfk
