@@ -14,10 +14,10 @@ from rfkernels.ops._attention_parts import BLOCK_KEYS, BLOCK_ROWS, hidden_keys, 
 from tests.ops.cases import BF16, F16, F32, F64
 
 FLOATS = (F64, F32, F16, BF16)
-HEAD_DIMS = (1, 8, 40, 64, 72, 96, 128, 256)
+HEAD_DIMS = (1, 3, 8, 24, 40, 64, 72, 80, 96, 128, 256)
 # around the tiles of the CPU kernel: 12 rows; 32 keys, and 256 of them
 LENGTHS = (0, 1, 11, 12, 13, 31, 32, 33, 64, 127, 128, 129, 255, 256, 257, 300, 513)
-MOST_PRODUCTS = 1 << 28  # of a random call
+MOST_PRODUCTS = 1 << 25  # of a random call
 
 Pick = Callable[..., object]  # pick(*choices) is one of them
 
@@ -128,7 +128,7 @@ class Draw:
     tame: bool
 
     def __post_init__(self):
-        self.generator = torch.Generator().manual_seed(self.pick(*range(10_000)))
+        self.generator = torch.Generator().manual_seed(self.pick(*range(100)))
         self.wide = F64 if self.dtype == F64 else F32
         self.d = self.pick(*HEAD_DIMS)
         self.kv_heads = self.pick(1, 2, 3)
