@@ -16,6 +16,7 @@ ROOMS = (
     "activation",
     "embedding",
     "linear",
+    "attention",
     "overhead",
     "emoji",
 )

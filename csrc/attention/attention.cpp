@@ -13,18 +13,31 @@ constexpr const char* kOp = "attention";
 
 bool one_or(int64_t length, int64_t axis) { return length == 1 || length == axis; }
 
+// What `read_shapes` and the sizes of a plan rest on.
+void check_axes(std::initializer_list<const TensorView*> tokens, std::initializer_list<const Optional*> starts) {
+  for (const TensorView* t : tokens)
+    check(t->ndim == 4, kOp, ": q, k and v must be [batch, heads, tokens, d], got ", *t);
+  for (const Optional* s : starts)
+    check(!*s || ((*s)->ndim == 1 && (*s)->shape[0] >= 2), kOp,
+          ": cu_seqlens must be i32[sequences + 1], got ", *s);
+}
+
+void check_heads(const AttentionCall& c) {
+  check(1 <= c.d && c.d <= kMaxHeadDim, kOp, ": d must be 1..", kMaxHeadDim, ", got ", c.d, " in q ", c.q);
+  check(c.kv_heads >= 1 && c.heads % c.kv_heads == 0, kOp,
+        ": the heads of k must divide those of q, got q ", c.q, " and k ", c.k);
+}
+
 void check_tokens(const AttentionCall& c) {
   const auto adjacent = [](const TensorView& t) { return t.shape[3] <= 1 || t.stride[3] == 1; };
   const auto like_q = [&](const TensorView& t) { return t.dtype == c.q.dtype && t.device == c.q.device; };
   check(is_floating(c.q.dtype) && adjacent(c.q), kOp,
         ": q must be floating [batch, heads, rows, d] with neighbours along d adjacent, got ", c.q);
-  check(1 <= c.d && c.d <= kMaxHeadDim, kOp, ": d must be 1..", kMaxHeadDim, ", got ", c.d, " in q ", c.q);
+  check_heads(c);
   for (const TensorView* t : {&c.k, &c.v})
     check(t->has_shape({c.batch, c.kv_heads, c.keys, c.d}) && like_q(*t) && adjacent(*t), kOp,
           ": k and v must be [batch, kv_heads, keys, d] of the dtype and device of q ", c.q, ", got k ", c.k,
           " and v ", c.v);
-  check(c.kv_heads >= 1 && c.heads % c.kv_heads == 0, kOp,
-        ": the heads of k must divide those of q, got q ", c.q, " and k ", c.k);
   check(c.rows < INT32_MAX && c.keys < INT32_MAX, kOp, ": expected fewer than 2^31 tokens, got q ", c.q,
         " and k ", c.k);
   check(std::isfinite(c.scale), kOp, ": scale must be finite, got ", c.scale);
@@ -160,11 +173,7 @@ void attention(Stream stream, const TensorView& out, const TensorView& lse, cons
   c.scale = scale;
   c.frames = frames;
   c.precision = precision_of(precision);
-  for (const TensorView* t : {&q, &k, &v})
-    check(t->ndim == 4, kOp, ": q, k and v must be [batch, heads, tokens, d], got ", *t);
-  for (const Optional* starts : {&q_starts, &k_starts})
-    check(!*starts || ((*starts)->ndim == 1 && (*starts)->shape[0] >= 2), kOp,
-          ": cu_seqlens must be i32[sequences + 1], got ", *starts);
+  check_axes({&q, &k, &v}, {&q_starts, &k_starts});
   read_shapes(c);
   check_tokens(c);
   check_tables(c);
@@ -179,12 +188,14 @@ void attention(Stream stream, const TensorView& out, const TensorView& lse, cons
 
 int64_t attention_workspace(const TensorView& q, const TensorView& k, const Optional& q_starts,
                             const std::string& precision) {
+  check_axes({&q, &k}, {&q_starts});
   AttentionCall c;
   c.q = q;
   c.k = k;
   c.q_starts = q_starts;
   c.precision = precision_of(precision);
   read_shapes(c);
+  check_heads(c);
   if (q.device.type == DeviceType::cpu) return attention_workspace_cpu(c);
   if constexpr (kWithCuda) return attention_workspace_cuda(c);
   fail_without_cuda(kOp);

@@ -90,7 +90,7 @@ def attention(
     dtype = q.dtype
     if precision == "bf16":
         q, k, v = (t.bfloat16() for t in (q, k, v))
-        bias = bias.float() if bias is not None and bias.dtype == torch.float64 else bias
+        bias = bias.float() if bias is not None and bias.dtype in (torch.float64, torch.float16) else bias
         precision = "full"
     packed = cu_seqlens is not None
     for name, t in (("q", q), ("k", k), ("v", v)):

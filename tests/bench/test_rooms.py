@@ -5,6 +5,7 @@ import torch
 
 from bench import (
     activation,
+    attention,
     cases,
     embedding,
     guidance,
@@ -21,6 +22,7 @@ from rfkernels.ops._register import Op
 
 ROOMS = {
     "activation": activation,
+    "attention": attention,
     "embedding": embedding,
     "guidance": guidance,
     "linear": linear,
@@ -103,7 +105,7 @@ def test_smoke_program_passes(device: str, capsys: pytest.CaptureFixture) -> Non
     assert capsys.readouterr().out == f"all ops are right on {device}\n"
 
 
-@pytest.mark.parametrize("name", ["affine_step", "gated_residual", "norm_modulate_quantize"])
+@pytest.mark.parametrize("name", ["affine_step", "attention", "gated_residual", "norm_modulate_quantize"])
 def test_smoke_program_sees_a_wrong_result(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -41,6 +41,7 @@ def test_every_region_is_called():
     others = {"affine_step", "cfg_step", "linear_combination", "taylor_step", "philox_normal", "renoise"}
     others.add("stochastic_round")  # to the bit, in bench/same_bits.py and test_emulated.py
     others.add("linear")  # compared with its definition, in bench/smoke_linear.py and test_linear.py
+    others.add("attention")  # the same: bench/smoke_attention.py and test_attention.py
     assert {op.name for _, op, _, _ in CALLS} == set(ops.OPS) - others
 
 
