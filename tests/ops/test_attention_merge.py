@@ -126,11 +126,12 @@ def test_what_is_no_number_stays_in_its_row(dtype, device):
     lses[2][1] = -INF
     lses[2][2] = NAN
     lses[1][3] = INF
+    outs[1][4, 2], lses[1][4] = NAN, -2000.0  # a weight that rounds to 0 is one
     out, lse = merge(device, outs, lses)
     expected, expected_lse = ops.attention_merge_reference(outs, lses)
     torch.testing.assert_close(out, expected, equal_nan=True)
     torch.testing.assert_close(lse, expected_lse, equal_nan=True)
-    assert out.isnan().sum().item() == 1 + 3 * 8 and lse.isnan().tolist() == [False, True, True, False, False]
+    assert out.isnan().sum().item() == 2 + 3 * 8 and lse.isnan().tolist() == [False, True, True, False, False]
     assert lse[3] == INF
 
 
