@@ -5,6 +5,7 @@
 >>> pipe.transformer.set_attention_backend("rfkernels_auto")
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -60,8 +61,9 @@ def use_attention(model: nn.Module, precision: str = "full") -> nn.Module:
     """Makes every attention of a diffusers model one of `rfkernels.ops.attention`, and returns the model.
 
     Processors that ask diffusers' dispatcher get our back end; those that call torch's attention themselves
-    (SD3, HiDream, and the plain one of DiT and PixArt) are replaced by ours, which compute the same. A second
-    call changes the precision. `stop_using_attention` gives the model back what it had.
+    (SD3, HiDream, AuraFlow, Lumina 2, and the plain one of DiT and PixArt) are replaced by ours, which
+    compute the same. A second call changes the precision. `stop_using_attention` gives the model back what it
+    had.
 
     Args:
         precision: "full", "int8", "fp8" or "auto", as of `attention`.
@@ -193,10 +195,14 @@ def _dispatches(processor: Any) -> bool:
 def _replacements() -> dict[type, Callable[[Any, str], "Processor"]]:
     own = _import("diffusers.models.attention_processor")
     hidream = _import("diffusers.models.transformers.transformer_hidream_image")
+    lumina = _import("diffusers.models.transformers.transformer_lumina2")
     return {
         own.AttnProcessor2_0: PlainProcessor,
         own.JointAttnProcessor2_0: JointProcessor,
         own.FusedJointAttnProcessor2_0: FusedJointProcessor,
+        own.AuraFlowAttnProcessor2_0: AuraFlowProcessor,
+        own.FusedAuraFlowAttnProcessor2_0: FusedAuraFlowProcessor,
+        lumina.Lumina2AttnProcessor2_0: partial(Lumina2Processor, lumina.apply_rotary_emb),
         hidream.HiDreamAttnProcessor: partial(HiDreamProcessor, hidream.apply_rope),
     }
 
@@ -207,9 +213,12 @@ class Processor:
     def __init__(self, replaced: Any, precision: str):
         self.replaced, self.precision = replaced, precision
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
         """`[batch, tokens, heads, d]` to `[batch, tokens, heads d]`."""
-        return attention(q, k, v, bias=bias, layout="blhd", precision=self.precision).flatten(2)
+        y = attention(q, k, v, bias=bias, scale=scale, layout="blhd", precision=self.precision)
+        return y.flatten(2)
 
 
 class PlainProcessor(Processor):
@@ -234,7 +243,7 @@ class PlainProcessor(Processor):
         q = _heads(attn, attn.to_q(x), attn.norm_q)
         k = _heads(attn, attn.to_k(others), attn.norm_k)
         v = _heads(attn, attn.to_v(others))
-        x = attn.to_out[1](attn.to_out[0](self.attend(q, k, v, bias)))
+        x = _out(attn, self.attend(q, k, v, bias))
         if image:
             x = x.transpose(1, 2).reshape(image)
         return (x + hidden_states if attn.residual_connection else x) / attn.rescale_output_factor
@@ -245,31 +254,75 @@ class JointProcessor(Processor):
     there."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
-        q = _heads(attn, attn.to_q(hidden_states), attn.norm_q)
-        k = _heads(attn, attn.to_k(hidden_states), attn.norm_k)
-        v = _heads(attn, attn.to_v(hidden_states))
+        image = _own_heads(attn, hidden_states)
         if encoder_hidden_states is None:
-            return attn.to_out[1](attn.to_out[0](self.attend(q, k, v)))
-        text_q = _heads(attn, attn.add_q_proj(encoder_hidden_states), attn.norm_added_q)
-        text_k = _heads(attn, attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)
-        text_v = _heads(attn, attn.add_v_proj(encoder_hidden_states))
-        q, k, v = (torch.cat(pair, 1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
-        return self.results(attn, self.attend(q, k, v), hidden_states.shape[1])
+            return _out(attn, self.attend(*image))
+        qkv = _joined(image, _added_heads(attn, encoder_hidden_states))
+        return self.results(attn, self.attend(*qkv), hidden_states.shape[1])
 
     def results(self, attn, y: Tensor, image: int) -> tuple[Tensor, Tensor]:
-        y, text = y[:, :image], y[:, image:]
-        text = text if attn.context_pre_only else attn.to_add_out(text)
-        return attn.to_out[1](attn.to_out[0](y)), text
+        text = y[:, image:] if attn.context_pre_only else attn.to_add_out(y[:, image:])
+        return _out(attn, y[:, :image]), text
 
 
 class FusedJointProcessor(JointProcessor):
     """`FusedJointAttnProcessor2_0`, after `fuse_qkv_projections`: queries, keys and values are slices of one
-    projection."""
+    projection, without norms, as there."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
         qkv = torch.cat([attn.to_qkv(hidden_states), attn.to_added_qkv(encoder_hidden_states)], 1)
-        q, k, v = (_heads(attn, t) for t in qkv.chunk(3, -1))
-        return self.results(attn, self.attend(q, k, v), hidden_states.shape[1])
+        y = self.attend(*(_heads(attn, t) for t in qkv.chunk(3, -1)))
+        return self.results(attn, y, hidden_states.shape[1])
+
+
+class AuraFlowProcessor(Processor):
+    """`AuraFlowAttnProcessor2_0`: text, then image, or both in one stream."""
+
+    fused = False
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        qkv = _own_heads(attn, hidden_states, self.fused)
+        if encoder_hidden_states is None:
+            return _out(attn, self.attend(*qkv, scale=attn.scale))
+        qkv = _joined(_added_heads(attn, encoder_hidden_states, self.fused), qkv)
+        y, text = self.attend(*qkv, scale=attn.scale), encoder_hidden_states.shape[1]
+        return _out(attn, y[:, text:]), attn.to_add_out(y[:, :text])
+
+
+class FusedAuraFlowProcessor(AuraFlowProcessor):
+    """`FusedAuraFlowAttnProcessor2_0`, after `fuse_qkv_projections`."""
+
+    fused = True
+
+
+class Lumina2Processor(Processor):
+    """`Lumina2AttnProcessor2_0`: fewer heads of keys, and a scale that grows with the number of tokens."""
+
+    def __init__(self, rotate: Callable[..., Tensor], replaced: Any, precision: str):
+        super().__init__(replaced, precision)
+        self.rotate = rotate
+
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states,
+        attention_mask=None,
+        image_rotary_emb=None,
+        base_sequence_length=None,
+    ):
+        q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        dtype, d = q.dtype, q.shape[-1]
+        k, v = (p(encoder_hidden_states).unflatten(-1, (-1, d)) for p in (attn.to_k, attn.to_v))
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        if image_rotary_emb is not None:
+            q, k = (self.rotate(t, image_rotary_emb, use_real=False) for t in (q, k))
+        scale = attn.scale
+        if base_sequence_length is not None:
+            scale *= math.log(hidden_states.shape[1], base_sequence_length) ** 0.5
+        bias = None if attention_mask is None else attention_mask.bool().view(len(q), 1, 1, -1)
+        return _out(attn, self.attend(q.to(dtype), k.to(dtype), v, bias, scale))
 
 
 class HiDreamProcessor(Processor):
@@ -298,8 +351,7 @@ class HiDreamProcessor(Processor):
             text = encoder_hidden_states
             text_q = _heads(attn, attn.q_rms_norm_t(attn.to_q_t(text)).to(dtype))
             text_k = _heads(attn, attn.k_rms_norm_t(attn.to_k_t(text)).to(dtype))
-            text_v = _heads(attn, attn.to_v_t(text))
-            q, k, v = (torch.cat(pair, 1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
+            q, k, v = _joined((q, k, v), (text_q, text_k, _heads(attn, attn.to_v_t(text))))
         turning = 2 * image_rotary_emb.shape[-3]  # numbers of a head that are rotated
         if turning == q.shape[-1]:
             q, k = self.rotate(q, k, image_rotary_emb)
@@ -318,3 +370,27 @@ def _heads(attn, x: Tensor, norm: nn.Module | None = None) -> Tensor:
     """`[batch, tokens, heads, d]`, with the norm of each head where there is one."""
     x = x.unflatten(-1, (attn.heads, -1))
     return x if norm is None else norm(x)
+
+
+def _own_heads(attn, x: Tensor, fused: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of the first stream of a module."""
+    q, k, v = attn.to_qkv(x).chunk(3, -1) if fused else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    return _heads(attn, q, attn.norm_q), _heads(attn, k, attn.norm_k), _heads(attn, v)
+
+
+def _added_heads(attn, x: Tensor, fused: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of its second stream."""
+    if fused:
+        q, k, v = attn.to_added_qkv(x).chunk(3, -1)
+    else:
+        q, k, v = attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)
+    return _heads(attn, q, attn.norm_added_q), _heads(attn, k, attn.norm_added_k), _heads(attn, v)
+
+
+def _joined(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(pair, 1) for pair in zip(first, second, strict=True))
+
+
+def _out(attn, y: Tensor) -> Tensor:
+    """The output projection, and dropout."""
+    return attn.to_out[1](attn.to_out[0](y))

@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     HiDreamImageTransformer2DModel,
+    Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
@@ -100,7 +102,7 @@ def wan_i2v() -> Made:
     return model, inputs | {"encoder_hidden_states_image": torch.randn(2, 9, 32)}
 
 
-def hidream() -> Made:
+def hidream(axes: tuple[int, ...] = (4, 6, 6)) -> Made:
     """An image that is not square, which it pads; without its mixture of experts, whose choices are not
     continuous in the tokens."""
     model = HiDreamImageTransformer2DModel(
@@ -112,7 +114,7 @@ def hidream() -> Made:
         caption_channels=[24, 20],
         text_emb_dim=32,
         num_routed_experts=0,
-        axes_dims_rope=(4, 6, 6),
+        axes_dims_rope=axes,
         max_resolution=(12, 12),
         llama_layers=[0, 1],
         force_inference_output=True,
@@ -124,6 +126,59 @@ def hidream() -> Made:
         "encoder_hidden_states_t5": torch.randn(2, 5, 24),
         "encoder_hidden_states_llama3": torch.randn(2, 2, 6, 20),
         "pooled_embeds": torch.randn(2, 32),
+    }
+    return model, inputs
+
+
+def hidream_half() -> Made:
+    """Half of every head is rotated."""
+    return hidream((4, 2, 2))
+
+
+def auraflow() -> Made:
+    model = AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pos_embed_max_size=16,
+        **SIZE,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 32),
+        "timestep": TIMES / 1000,
+    }
+    return model, inputs
+
+
+def auraflow_fused() -> Made:
+    model, inputs = auraflow()
+    model.fuse_qkv_projections()
+    return model, inputs
+
+
+def lumina2() -> Made:
+    """Texts of two lengths, and three queries to a key."""
+    model = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=96,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=6,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 4, 8),
+        axes_lens=(32, 16, 16),
+        cap_feat_dim=24,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "timestep": TIMES / 1000,
+        "encoder_hidden_states": torch.randn(2, 6, 24),
+        "encoder_attention_mask": torch.tensor([[True] * 6, [True] * 3 + [False] * 3]),
     }
     return model, inputs
 
@@ -159,9 +214,10 @@ def pixart() -> Made:
 
 
 MODELS = {f.__name__: f for f in (flux, sd3, sd35, sd3_fused, wan, wan_i2v, hidream, dit, pixart)}
+MODELS |= {f.__name__: f for f in (hidream_half, auraflow, auraflow_fused, lumina2)}
 # attentions of a forward pass
 CALLS = {"flux": 2, "sd3": 3, "sd35": 5, "sd3_fused": 3, "wan": 4, "wan_i2v": 6, "hidream": 2, "dit": 2}
-CALLS |= {"pixart": 4}
+CALLS |= {"pixart": 4, "auraflow": 2, "auraflow_fused": 2, "lumina2": 3, "hidream_half": 2}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from diffusers.models import attention_dispatch as dispatch
+from diffusers.models.attention_processor import Attention
 
 import rfkernels
 from rfkernels.integrations import diffusers as ours
@@ -72,8 +73,8 @@ def test_every_attention_is_our_op(name, calls):
 @every_model
 def test_output_depends_on_the_attention(name, monkeypatch):
     """Else the tests above would say nothing."""
-    real = ours.attention
-    monkeypatch.setattr(ours, "attention", lambda *args, **options: 1.1 * real(*args, **options))
+    real, change = ours.attention, torch.linspace(0.9, 1.1, 16)  # along d: a norm may follow
+    monkeypatch.setattr(ours, "attention", lambda *args, **options: change * real(*args, **options))
     assert error(run(name, F32, rfkernels.use_attention), run(name, F32)) > 1e-3
 
 
@@ -97,6 +98,7 @@ def test_model_gets_its_own_attention_back(name, calls):
 
 def test_slices_of_one_projection_are_not_copied(calls):
     run("sd3_fused", F32, rfkernels.use_attention)
+    assert calls
     for q, k, v, _ in calls:
         assert len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == 1
 
@@ -128,7 +130,9 @@ def test_backends_are_registered_once(calls):
     names = ours.register_attention_backend()
     members = list(dispatch.AttentionBackendName)
     assert names == ("rfkernels", "rfkernels_int8", "rfkernels_fp8", "rfkernels_auto")
+    functions = dict(dispatch._AttentionBackendRegistry._backends)
     assert ours.register_attention_backend() == names and list(dispatch.AttentionBackendName) == members
+    assert dispatch._AttentionBackendRegistry._backends == functions
     assert [m.value for m in members].count("rfkernels") == 1
     member = dispatch.AttentionBackendName("rfkernels_int8")
     assert member is dispatch.AttentionBackendName["RFKERNELS_INT8"] is copy.deepcopy(member)
@@ -183,6 +187,36 @@ def test_models_that_are_not_known_stay_as_they_are():
         rfkernels.use_attention(model, "int4")
 
 
+@pytest.mark.parametrize("cross", [False, True])
+def test_plain_processor_has_the_options_of_a_unet(cross):
+    """An image with a norm of groups and a residual; a norm of the other tokens."""
+    options = {"cross_attention_dim": 24, "cross_attention_norm": "layer_norm"} if cross else {}
+    torch.manual_seed(0)
+    attn = Attention(
+        32,
+        heads=2,
+        dim_head=16,
+        norm_num_groups=4,
+        residual_connection=True,
+        rescale_output_factor=2,
+        **options,
+    )
+    x, others = draw(2, 32, 3, 5), {"encoder_hidden_states": draw(2, 6, 24)} if cross else {}
+    expected = attn(x, **others)
+    torch.testing.assert_close(rfkernels.use_attention(attn)(x, **others), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_lumina2_scale_grows_with_the_tokens():
+    model, _ = made("lumina2", F32)
+    attn, x = model.layers[0].attn, draw(2, 20, 96)
+    own = [attn(x, encoder_hidden_states=x, base_sequence_length=n) for n in (None, 5)]
+    rfkernels.use_attention(model)
+    for n, expected in zip((None, 5), own, strict=True):
+        result = attn(x, encoder_hidden_states=x, base_sequence_length=n)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(*own, rtol=1e-2)
+
+
 def draw(*shape, seed=0, dtype=F32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -226,6 +260,11 @@ def test_masks_are_those_of_torch(kind, dtype):
     result, expected = both(q, k, v, attn_mask=mask, scale=0.5)
     tolerance = 2e-2 if dtype == BF16 else 1e-5
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_masks_of_float32_go_with_float64():
+    q, mask = draw(1, 5, 2, 8, dtype=torch.float64), draw(1, 2, 5, 5)
+    torch.testing.assert_close(*both(q, q, q, attn_mask=mask), rtol=1e-6, atol=1e-6)
 
 
 def test_causal_and_grouped_heads_are_those_of_torch():
