@@ -13,7 +13,6 @@ void bind_attention(py::module_& m) {
           using View = Passed<std::optional<TensorView>>;
           return attention_workspace(q.view, k.view, View::unwrap(q_starts), precision);
         });
-  m.def("limit_attention_instructions", &limit_attention_instructions);
 }
 
 }  // namespace rfk::python

@@ -14,7 +14,6 @@ void bind_linear(py::module_& m) {
                                   View::unwrap(up));
         });
   m.def("linear_roof", &linear_roof, py::call_guard<py::gil_scoped_release>());
-  m.def("limit_linear_instructions", &limit_linear_instructions);
 }
 
 }  // namespace rfk::python

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "core/build_info.h"
+#include "core/tiles.h"
 #include "rooms.h"
 
 namespace py = pybind11;
@@ -26,6 +27,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The kernels of rfkernels. Call them through rfkernels.ops.";
   m.def("build_info", &build_info, "What the library was built for and what this CPU offers.");
+  m.def("limit_instructions", &rfk::limit_instructions);
   m.def("use_exchange_api", &rfk::python::use_exchange_api, "Off: read every tensor through __dlpack__.");
   rfk::python::bind_activation(m);
   rfk::python::bind_attention(m);

@@ -11,10 +11,6 @@ namespace {
 
 constexpr const char* kOp = "attention";
 
-bool is_floating(DType t) {
-  return t == DType::f64 || t == DType::f32 || t == DType::f16 || t == DType::bf16;
-}
-
 bool one_or(int64_t length, int64_t axis) { return length == 1 || length == axis; }
 
 void check_tokens(const AttentionCall& c) {

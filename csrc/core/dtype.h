@@ -24,6 +24,10 @@ inline const char* name_of(DType t) {
   return kNames[int(t)];
 }
 
+inline bool is_floating(DType t) {
+  return t == DType::f64 || t == DType::f32 || t == DType::f16 || t == DType::bf16;
+}
+
 // The dtype of per-row scalars and accumulators for a tensor of dtype `t`.
 inline DType acc_of(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 

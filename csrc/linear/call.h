@@ -11,10 +11,6 @@ namespace rfk {
 // How a weight is stored.
 enum class Storage : uint8_t { floating, int8, e4m3, int4 };
 
-inline bool is_floating(DType t) {
-  return t == DType::f64 || t == DType::f32 || t == DType::f16 || t == DType::bf16;
-}
-
 // How `weight` [n, .] is stored beside x [., k]; four-bit codes lie two a byte.
 inline Storage storage_of(const TensorView& weight, int64_t k) {
   if (is_floating(weight.dtype)) return Storage::floating;

@@ -1,7 +1,8 @@
 #pragma once
 
 #include "core/dispatch.h"
-#include "linear/pack.h"
+#include "core/pack.h"
+#include "linear/call.h"
 
 // What follows the sums of a tile on the CPU: passes over [rows, columns] numbers in the first cache. All
 // columns of a tile are computed, those that exist are stored.

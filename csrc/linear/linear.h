@@ -33,8 +33,4 @@ int64_t linear_workspace(const TensorView& x, const TensorView& weight, const Op
 // nothing else ("int8", "bf16", "f32"). Returns the operations done, two a multiplication. For benchmarks.
 int64_t linear_roof(const std::string& product, int64_t repeats);
 
-// Confines `linear` on the CPU to an instruction set: generic, avx2, avx_vnni, avx512, avx512_vnni or
-// avx512_bf16. Returns whether this CPU has it. For tests.
-bool limit_linear_instructions(const std::string& name);
-
 }  // namespace rfk

@@ -2,8 +2,11 @@
 #include <omp.h>
 #endif
 
+#include <algorithm>
+#include <string>
+
+#include "core/pack.h"
 #include "linear/epilogue_cpu.h"
-#include "linear/pack.h"
 #include "linear/plan_cpu.h"
 
 namespace rfk {
@@ -325,6 +328,25 @@ void linear_cpu(const LinearCall& call) {
     case Product::f32: return with_shape.template operator()<Product::f32>();
     case Product::f64: return with_shape.template operator()<Product::f64>();
   }
+}
+
+int64_t linear_roof(const std::string& product, int64_t repeats) {
+  constexpr const char* kProducts[] = {"int8", "bf16", "f32"};
+  const auto* found = std::find(std::begin(kProducts), std::end(kProducts), product);
+  check(found != std::end(kProducts), "linear_roof: product must be int8, bf16 or f32, got ", product);
+  const Product kind = Product(found - kProducts);
+  const TileFunction multiply = tiles().of(kind, kTile12x32);
+  check(multiply, "linear_roof: this CPU has no ", product, " products");
+  constexpr int64_t kSteps = 128;
+  int64_t threads = 0;
+#pragma omp parallel reduction(+ : threads)
+  {
+    alignas(64) float a[kSteps * 12] = {}, b[kSteps * 32] = {}, c[12 * 32];
+    ++threads;
+    for (int64_t i = 0; i < repeats; ++i) multiply(kSteps, a, b, c, Into::set, {});
+  }
+  const int64_t numbers[] = {4, 2, 1};
+  return threads * repeats * kSteps * 12 * 32 * 2 * numbers[int(kind)];
 }
 
 }  // namespace rfk

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "linear/call.h"
-#include "linear/tiles.h"
+#include "core/tiles.h"
 
 // How a product on the CPU is cut, and where its panels lie in the workspace.
 

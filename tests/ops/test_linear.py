@@ -29,9 +29,9 @@ every_format = pytest.mark.parametrize(
 
 @pytest.fixture
 def instructions(request):
-    there = _C.limit_linear_instructions(request.param)
+    there = _C.limit_instructions(request.param)
     yield request.param
-    _C.limit_linear_instructions(INSTRUCTIONS[-1])
+    _C.limit_instructions(INSTRUCTIONS[-1])
     assert there or request.param != "generic"
 
 

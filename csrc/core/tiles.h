@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 // The inner loop of a product on the CPU: a tile [rows, columns] of sums over k, from panels of words.
 //
@@ -12,12 +13,21 @@
 namespace rfk {
 
 // What becomes of the sums: c = sums, c += sums, or c (+)= (sums - offset) scale with offset (integers only)
-// and scale [columns], where c holds float (double) numbers.
-enum class Into : uint8_t { set, add, set_scaled, add_scaled };
+// and scale [columns], where c holds float (double) numbers; by_row: c += sums scale row with row [rows].
+enum class Into : uint8_t { set, add, set_scaled, add_scaled, add_scaled_by_row };
 
 struct Scale {
-  const int32_t* offset;
-  const void* scale;
+  const int32_t* offset = nullptr;
+  const void* scale = nullptr;
+  const float* row = nullptr;
+};
+
+// A panel of rows, interleaved, or as rows of Stride words.
+template <int Rows> struct Interleaved {
+  static constexpr int kRows = Rows, kStep = Rows, kRow = 1;
+};
+template <int Rows, int Stride> struct RowMajor {
+  static constexpr int kRows = Rows, kStep = 1, kRow = Stride;
 };
 
 using TileFunction = void (*)(int64_t steps, const void* a, const void* b, void* c, Into into, Scale scale);
@@ -51,20 +61,30 @@ inline constexpr int kTileRows[] = {12, 4, 24}, kTileColumns[] = {32, 32, 16};
 
 enum class Product : uint8_t { int8, bf16, f32, f64 };
 
-// Null where the instruction set has no such product.
+// Attention: rows of weights for up to 256 keys, in words that are padded against rows in the same sets of the
+// cache, times panels of values. Sums are added to c; int8 (weights unsigned, not offset) by row.
+enum ValueShape { kValues12x32, kValues12x16, kValues4x32, kValues4x16, kValueShapes };
+inline constexpr int kWeightKeys = 256;
+constexpr int weight_stride(Product p) {  // words
+  return kWeightKeys / (p == Product::int8 ? 4 : p == Product::bf16 ? 2 : 1) + 16;
+}
+
+// Null where the instruction set has no such function.
+struct ProductTiles {
+  TileFunction tile[kTileShapes];
+  DirectFunction direct[kTileShapes];
+  TileFunction values[kValueShapes];
+};
+enum class VectorSet : uint8_t { generic, avx2, avx512 };
 struct Tiles {
-  TileFunction int8[kTileShapes], bf16[kTileShapes], f32[kTileShapes], f64[kTileShapes];
-
-  DirectFunction direct[3][kTileShapes];  // int8, bf16, f32
+  ProductTiles products[4];  // by Product
   Int4Function int4;
+  VectorSet vectors;  // for what is beside products
 
-  TileFunction of(Product p, TileShape shape) const {
-    const TileFunction* const all[] = {int8, bf16, f32, f64};
-    return all[int(p)][shape];
-  }
-  DirectFunction direct_of(Product p, TileShape shape) const {
-    return p == Product::f64 ? nullptr : direct[int(p)][shape];
-  }
+  constexpr ProductTiles& operator[](Product p) { return products[int(p)]; }
+  const ProductTiles& operator[](Product p) const { return products[int(p)]; }
+  TileFunction of(Product p, TileShape shape) const { return products[int(p)].tile[shape]; }
+  DirectFunction direct_of(Product p, TileShape shape) const { return products[int(p)].direct[shape]; }
 };
 
 extern const Tiles kTilesGeneric;
@@ -75,5 +95,9 @@ extern const Int4Function kInt4TileAvx512;
 
 // What this CPU runs: the best product of each kind.
 const Tiles& tiles();
+
+// Confines products to an instruction set: generic, avx2, avx_vnni, avx512, avx512_vnni or avx512_bf16.
+// Returns whether this CPU has it. For tests.
+bool limit_instructions(const std::string& name);
 
 }  // namespace rfk

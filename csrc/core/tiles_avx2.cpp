@@ -1,16 +1,17 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 
-#include "linear/tiles.h"
+#include "core/tiles.h"
 
 #pragma GCC target("avx2,fma")  // AVX-VNNI stands in `asm` alone: most CPUs of this file lack it
-#include "linear/register_tile.h"
+#include "core/register_tile.h"
 
 namespace rfk {
 namespace {
 
-template <bool kAdd> void scale_into(float* c, __m256 sums, Scale s, int column) {
-  const __m256 scale = _mm256_loadu_ps(static_cast<const float*>(s.scale) + column);
+template <bool kAdd, bool kByRow> void scale_into(float* c, __m256 sums, Scale s, int column, int row) {
+  __m256 scale = _mm256_loadu_ps(static_cast<const float*>(s.scale) + column);
+  if (kByRow) scale = _mm256_mul_ps(scale, _mm256_set1_ps(s.row[row]));
   _mm256_storeu_ps(c, kAdd ? _mm256_fmadd_ps(sums, scale, _mm256_loadu_ps(c)) : _mm256_mul_ps(sums, scale));
 }
 
@@ -26,8 +27,9 @@ struct Float {
   static Vector zero() { return _mm256_setzero_ps(); }
   static Operand operand(const Word* p) { return _mm256_loadu_ps(p); }
   static Vector broadcast(Word w) { return _mm256_set1_ps(w); }
-  template <bool kAdd> static void scale(Number* c, Vector sums, Scale s, int column) {
-    scale_into<kAdd>(c, sums, s, column);
+  template <bool kAdd, bool kByRow>
+  static void scale(Number* c, Vector sums, Scale s, int column, int row) {
+    scale_into<kAdd, kByRow>(c, sums, s, column, row);
   }
   static void dot(Vector& sum, Vector x, Operand w) { sum = _mm256_fmadd_ps(x, w, sum); }
 };
@@ -41,9 +43,10 @@ struct Integer {
   static Vector load(const Sum* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(Sum* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static Vector zero() { return _mm256_setzero_si256(); }
-  template <bool kAdd> static void scale(Number* c, Vector sums, Scale s, int column) {
-    const Vector exact = _mm256_sub_epi32(sums, load(s.offset + column));
-    scale_into<kAdd>(c, _mm256_cvtepi32_ps(exact), s, column);
+  template <bool kAdd, bool kByRow>
+  static void scale(Number* c, Vector sums, Scale s, int column, int row) {
+    const Vector exact = kByRow ? sums : _mm256_sub_epi32(sums, load(s.offset + column));
+    scale_into<kAdd, kByRow>(c, _mm256_cvtepi32_ps(exact), s, column, row);
   }
 };
 
@@ -79,16 +82,21 @@ struct Int8 : Integer {
   }
 };
 
-template <typename V, int Vectors> constexpr void fill(TileFunction (&all)[kTileShapes]) {
-  all[kTile12x32] = tile<V, 4, Vectors, 12, 32>;
-  all[kTile4x32] = tile<V, 4, Vectors, 4, 32>;
-  all[kTile24x16] = tile<V, 4, Vectors, 24, 16>;
+template <Product P, Into kInto, typename V, int Vectors> constexpr void fill(Tiles& t) {
+  t[P].tile[kTile12x32] = tile<V, 4, Vectors, Interleaved<12>, 32>;
+  t[P].tile[kTile4x32] = tile<V, 4, Vectors, Interleaved<4>, 32>;
+  t[P].tile[kTile24x16] = tile<V, 4, Vectors, Interleaved<24>, 16>;
+  constexpr int kStride = weight_stride(P);
+  t[P].values[kValues12x32] = value_tile<kInto, V, 4, Vectors, RowMajor<12, kStride>, 32>;
+  t[P].values[kValues12x16] = value_tile<kInto, V, 4, Vectors, RowMajor<12, kStride>, 16>;
+  t[P].values[kValues4x32] = value_tile<kInto, V, 4, Vectors, RowMajor<4, kStride>, 32>;
+  t[P].values[kValues4x16] = value_tile<kInto, V, 4, Vectors, RowMajor<4, kStride>, 16>;
 }
 
 template <typename V, int Vectors> constexpr Tiles make() {
   Tiles t{};
-  fill<V, Vectors>(t.int8);
-  fill<Float, 2>(t.f32);
+  fill<Product::int8, Into::add_scaled_by_row, V, Vectors>(t);
+  fill<Product::f32, Into::add, Float, 2>(t);
   return t;
 }
 

@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "core/quantize.h"
-#include "linear/call.h"
+#include "core/tensor.h"
 
 // Panels for the tiles of tiles.h: rows are decoded to the numbers of the product, then interleaved.
 

@@ -1,7 +1,7 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 
-#include "linear/tiles.h"
+#include "core/tiles.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 

@@ -1,16 +1,17 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 
-#include "linear/tiles.h"
+#include "core/tiles.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
-#include "linear/register_tile.h"
+#include "core/register_tile.h"
 
 namespace rfk {
 namespace {
 
-template <bool kAdd> void scale_into(float* c, __m512 sums, Scale s, int column) {
-  const __m512 scale = _mm512_loadu_ps(static_cast<const float*>(s.scale) + column);
+template <bool kAdd, bool kByRow> void scale_into(float* c, __m512 sums, Scale s, int column, int row) {
+  __m512 scale = _mm512_loadu_ps(static_cast<const float*>(s.scale) + column);
+  if (kByRow) scale = _mm512_mul_ps(scale, _mm512_set1_ps(s.row[row]));
   _mm512_storeu_ps(c, kAdd ? _mm512_fmadd_ps(sums, scale, _mm512_loadu_ps(c)) : _mm512_mul_ps(sums, scale));
 }
 
@@ -27,9 +28,10 @@ struct Int8 {
   static Vector zero() { return _mm512_setzero_si512(); }
   static Operand operand(const Word* p) { return _mm512_loadu_si512(p); }
   static Vector broadcast(Word w) { return _mm512_set1_epi32(w); }
-  template <bool kAdd> static void scale(Number* c, Vector sums, Scale s, int column) {
-    const Vector exact = _mm512_sub_epi32(sums, load(s.offset + column));
-    scale_into<kAdd>(c, _mm512_cvtepi32_ps(exact), s, column);
+  template <bool kAdd, bool kByRow>
+  static void scale(Number* c, Vector sums, Scale s, int column, int row) {
+    const Vector exact = kByRow ? sums : _mm512_sub_epi32(sums, load(s.offset + column));
+    scale_into<kAdd, kByRow>(c, _mm512_cvtepi32_ps(exact), s, column, row);
   }
   static constexpr int kPerWord = 4;
   static Vector weights(const char* p, int64_t left) {
@@ -55,8 +57,9 @@ struct Float {
   static Vector zero() { return _mm512_setzero_ps(); }
   static Operand operand(const Word* p) { return _mm512_loadu_ps(p); }
   static Vector broadcast(Word w) { return _mm512_set1_ps(w); }
-  template <bool kAdd> static void scale(Number* c, Vector sums, Scale s, int column) {
-    scale_into<kAdd>(c, sums, s, column);
+  template <bool kAdd, bool kByRow>
+  static void scale(Number* c, Vector sums, Scale s, int column, int row) {
+    scale_into<kAdd, kByRow>(c, sums, s, column, row);
   }
   static constexpr int kPerWord = 1;
   static Vector weights(const char* p, int64_t left) {
@@ -151,26 +154,25 @@ void direct_tile(int64_t k, Matrix x, Matrix w, void* c, Into into, Scale scale)
       direct_register_tile<V, Rows, BColumns>(k, x, w, row, column, c, into, scale);
 }
 
-template <typename V> constexpr void fill_direct(DirectFunction (&all)[kTileShapes]) {
-  all[kTile12x32] = direct_tile<V, 6, 12, 32>;
-  all[kTile4x32] = direct_tile<V, 4, 4, 32>;
-  all[kTile24x16] = direct_tile<V, 6, 24, 16>;
-}
-
-template <typename V> constexpr void fill(TileFunction (&all)[kTileShapes]) {
-  all[kTile12x32] = tile<V, 12, 2, 12, 32>;
-  all[kTile4x32] = tile<V, 4, 2, 4, 32>;
-  all[kTile24x16] = tile<V, 24, 1, 24, 16>;
+template <Product P, Into kInto, typename V> constexpr void fill(Tiles& t) {
+  t[P].tile[kTile12x32] = tile<V, 12, 2, Interleaved<12>, 32>;
+  t[P].tile[kTile4x32] = tile<V, 4, 2, Interleaved<4>, 32>;
+  t[P].tile[kTile24x16] = tile<V, 24, 1, Interleaved<24>, 16>;
+  t[P].direct[kTile12x32] = direct_tile<V, 6, 12, 32>;
+  t[P].direct[kTile4x32] = direct_tile<V, 4, 4, 32>;
+  t[P].direct[kTile24x16] = direct_tile<V, 6, 24, 16>;
+  constexpr int kStride = weight_stride(P);
+  t[P].values[kValues12x32] = value_tile<kInto, V, 12, 2, RowMajor<12, kStride>, 32>;
+  t[P].values[kValues12x16] = value_tile<kInto, V, 12, 1, RowMajor<12, kStride>, 16>;
+  t[P].values[kValues4x32] = value_tile<kInto, V, 4, 2, RowMajor<4, kStride>, 32>;
+  t[P].values[kValues4x16] = value_tile<kInto, V, 4, 1, RowMajor<4, kStride>, 16>;
 }
 
 constexpr Tiles make() {
   Tiles t{};
-  fill<Int8>(t.int8);
-  fill<Bf16>(t.bf16);
-  fill<Float>(t.f32);
-  fill_direct<Int8>(t.direct[int(Product::int8)]);
-  fill_direct<Bf16>(t.direct[int(Product::bf16)]);
-  fill_direct<Float>(t.direct[int(Product::f32)]);
+  fill<Product::int8, Into::add_scaled_by_row, Int8>(t);
+  fill<Product::bf16, Into::add, Bf16>(t);
+  fill<Product::f32, Into::add, Float>(t);
   return t;
 }
 
