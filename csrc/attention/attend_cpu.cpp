@@ -32,7 +32,7 @@ template <typename A> RFK_SIMD void find_ends(Ends<A>& ends, const RowState<A>& 
   for (int i = 0; i < kRowSlots; ++i) {
     const bool none = s.top[i] == kLowest && s.sum[i] == 0;
     ends.by[i] = none ? A(0) : 1 / s.sum[i];
-    const A lse = (s.top[i] + log2_(s.exact[i])) * A(kLn2) + shift[i];
+    const A lse = s.top[i] * A(kLn2) + log_(s.exact[i]) + shift[i];
     ends.lse[i] = none ? kLowest : lse;
   }
 }

@@ -63,16 +63,20 @@ RFK_HD double one_plus_exp(double x) { return 1 + std::exp(x); }
 RFK_HD float exp_(float x) { return detail::exp_in_range(detail::clamp(x, -105.0f, 89.0f)); }
 RFK_HD double exp_(double x) { return std::exp(x); }
 
-// The binary logarithm of normal x > 0, to 1e-7 (absolute where it is small); NaN stays. With m = x / 2^n in
-// 2^-1/2 .. 2^1/2 it is n + 2 artanh(s) / ln 2 of s = (m - 1) / (m + 1).
-RFK_HD float log2_(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x) - 0x3f3504f3;  // 2^-1/2
-  const int32_t n = int32_t(bits) >> 23;
-  const float m = std::bit_cast<float>((bits & 0x7fffff) + 0x3f3504f3), s = (m - 1) / (m + 1), z = s * s;
-  const float p = 2.885390082f + z * (0.9617966939f + z * (0.5770780164f + z * (0.4121985831f + z * 0.32f)));
-  return float(n) + s * p + (x - x);
+// ln x within 2 ulp, for x that are no smaller than the least normal number.
+RFK_HD float log_(float x) {
+  constexpr uint32_t kLeast = 0x3f3504f3;  // sqrt(1/2): x = 2^n (1 + r), 1 + r from there to sqrt(2)
+  const uint32_t above = std::bit_cast<uint32_t>(x) - kLeast;
+  const float n = float(int32_t(above) >> 23);
+  const float r = std::bit_cast<float>((above & 0x7fffff) + kLeast) - 1, square = r * r;
+  // (ln(1 + r) - r + r^2/2) / r^3, to 7e-10 of ln(1 + r)
+  const float low = (0.3333331f - 0.24999987f * r) + square * (0.20002216f - 0.16669247f * r);
+  const float high = (0.14218834f - 0.12384488f * r) + square * (0.118719339f - 0.1178871f * r);
+  const float q = low + square * square * (high + square * square * 0.069162853f);
+  const float small = square * (r * q - 0.5f) + n * 0x1.7f7d1cp-20f;
+  return detail::select(x < INFINITY, (r + small) + n * 0x1.62e4p-1f, x);
 }
-RFK_HD double log2_(double x) { return std::log2(x); }
+RFK_HD double log_(double x) { return std::log(x); }
 
 // tanh within 3 ulp, as (e^2a - 1) / (e^2a + 1) of a = |x| with e^2a - 1 free of cancellation.
 RFK_HD float tanh_(float x) {
