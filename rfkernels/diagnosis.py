@@ -217,7 +217,9 @@ def _attention(build: dict | None, devices: list[dict[str, Any]]) -> dict[str, A
     flags = [flags.cpu() for flags in module.fallbacks]
     delegating = [d["device"] for d in devices if int(d["sm"]) >= 90]
     return {
-        "delegated": f"plain 16-bit calls on {', '.join(delegating)}: torch (cuDNN)" if delegating else "none",
+        "delegated": f"plain 16-bit calls on {', '.join(delegating)}: torch (cuDNN)"
+        if delegating
+        else "none",
         "auto_calls": len(flags),
         "auto_heads": sum(f.numel() for f in flags),
         "auto_heads_in_full": sum(int(f.sum()) for f in flags),

@@ -75,7 +75,14 @@ template <Product S> class Attend {
  public:
   Attend(const AttentionCall& c, const HeadLayout& l, const Problem& p, int64_t head, int64_t first,
          int64_t last, const char* panels, const Scratch& s)
-      : c_(c), l_(l), p_(p), s_(s), head_(head), first_(first), last_(last), panels_(panels),
+      : c_(c),
+        l_(l),
+        p_(p),
+        s_(s),
+        head_(head),
+        first_(first),
+        last_(last),
+        panels_(panels),
         softmax_(softmax_of<S>(l.products.values)) {}
 
   void run() {
@@ -98,9 +105,7 @@ template <Product S> class Attend {
   int64_t row_tiles() const { return ceil_div(last_ - first_, kMostRows); }
   int rows(int64_t t) const { return int(std::min<int64_t>(kMostRows, last_ - first_ - t * kMostRows)); }
   int stride(int64_t t) const { return rows(t) <= 4 ? 4 : kMostRows; }
-  Word* queries(int64_t t) const {
-    return reinterpret_cast<Word*>(s_.queries) + t * kMostRows * l_.steps;
-  }
+  Word* queries(int64_t t) const { return reinterpret_cast<Word*>(s_.queries) + t * kMostRows * l_.steps; }
   A* factors(int64_t t) const { return reinterpret_cast<A*>(s_.factors) + t * 2 * kRowSlots; }
   A* shifts(int64_t t) const { return factors(t) + kRowSlots; }  // scale q key_mean, which codes leave out
   RowState<A>& state(int64_t t) const { return reinterpret_cast<RowState<A>*>(s_.states)[t]; }
@@ -155,7 +160,8 @@ template <Product S> class Attend {
     const int all = int(ceil_div(keys, kPanel));
     count_ = 0;
     for (int panel = 0; panel < all; ++panel)
-      if (sees(tile * kWeightKeys + panel * kPanel)) panels_seen_[count_] = panel, keys_[count_++] = panel * kPanel;
+      if (sees(tile * kWeightKeys + panel * kPanel))
+        panels_seen_[count_] = panel, keys_[count_++] = panel * kPanel;
     tail_ = kPanel;
     if (count_ > 0 && panels_seen_[count_ - 1] == all - 1) tail_ = int(keys - (all - 1) * kPanel);
   }
@@ -175,12 +181,12 @@ template <Product S> class Attend {
     A* const scores = reinterpret_cast<A*>(s_.scores);
     for (int i = 0; i < count_; ++i) {
       const int panel = panels_seen_[i];
-      multiply_scores(l_.steps, queries(t), panels.keys + panel * l_.key_panel(), scores + i * stride(t) * kPanel,
-                      kCodes ? Into::set_scaled : Into::set,
+      multiply_scores(l_.steps, queries(t), panels.keys + panel * l_.key_panel(),
+                      scores + i * stride(t) * kPanel, kCodes ? Into::set_scaled : Into::set,
                       {panels.offset + panel * kPanel, panels.scale + panel * kPanel, nullptr});
     }
-    SoftmaxTile<A> s{rows(t),    stride(t), count_,  tail_, scores,     factors(t), nullptr, kWeightKeys,
-                     nullptr, keys_,     s_.weights, &state(t)};
+    SoftmaxTile<A> s{rows(t), stride(t),   count_,  tail_, scores,     factors(t),
+                     nullptr, kWeightKeys, nullptr, keys_, s_.weights, &state(t)};
     if (c_.bias) read_bias(s, t, tile);
     if (c_.factor) read_factor(s, t, tile);
     softmax_(s);
@@ -210,7 +216,8 @@ template <Product S> class Attend {
   // The entries that the tile needs, ones behind the last key.
   void read_factor(SoftmaxTile<A>& s, int64_t t, int64_t tile) const {
     const TensorView& f = *c_.factor;
-    const int64_t entries = f.shape[1], lowest = tile * kWeightKeys - (first_ + t * kMostRows + rows(t) - 1) + c_.rows - 1;
+    const int64_t entries = f.shape[1],
+                  lowest = tile * kWeightKeys - (first_ + t * kMostRows + rows(t) - 1) + c_.rows - 1;
     const A* const table = f.ptr<A>() + (f.shape[0] > 1 ? head_ * entries : 0) + lowest;
     A* const to = reinterpret_cast<A*>(s_.decoded);
     const int64_t wanted = kWeightKeys + rows(t) - 1, there = std::min(wanted, entries - lowest);
@@ -230,8 +237,8 @@ template <Product S> class Attend {
       const int width = j < l_.wide ? 32 : 16;
       A* const to = sums(t) + r * column;
       if (!fresh) width == 32 ? rescale<32>(to, s.rescale, rows(t)) : rescale<16>(to, s.rescale, rows(t));
-      const ValueShape shape = r == 4 ? (width == 32 ? kValues4x32 : kValues4x16)
-                                      : (width == 32 ? kValues12x32 : kValues12x16);
+      const ValueShape shape =
+          r == 4 ? (width == 32 ? kValues4x32 : kValues4x16) : (width == 32 ? kValues12x32 : kValues12x16);
       const TileFunction add = tiles()[product].values[shape];
       const char* const values = panels.values + tile_steps * column * word;
       for (int i = 0; i < count_;) {  // runs of neighbouring panels
@@ -254,7 +261,8 @@ template <Product S> class Attend {
     const int64_t row = p_.row + first_ + t * kMostRows;
     std::copy(ends.lse, ends.lse + rows(t), c_.lse.ptr<A>() + (sample() * c_.heads + head_) * c_.rows + row);
     const int64_t stride_out = c_.out.stride[2];
-    T* const out = c_.out.ptr<T>() + sample() * c_.out.stride[0] + head_ * c_.out.stride[1] + row * stride_out;
+    T* const out =
+        c_.out.ptr<T>() + sample() * c_.out.stride[0] + head_ * c_.out.stride[1] + row * stride_out;
     for (int64_t column = 0; column < l_.d; column += 32) {
       const A* const from = sums(t) + stride(t) * column;
       const int columns = int(std::min<int64_t>(32, l_.d - column));

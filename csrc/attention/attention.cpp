@@ -14,7 +14,8 @@ constexpr const char* kOp = "attention";
 bool one_or(int64_t length, int64_t axis) { return length == 1 || length == axis; }
 
 // What `read_shapes` and the sizes of a plan rest on.
-void check_axes(std::initializer_list<const TensorView*> tokens, std::initializer_list<const Optional*> starts) {
+void check_axes(std::initializer_list<const TensorView*> tokens,
+                std::initializer_list<const Optional*> starts) {
   for (const TensorView* t : tokens)
     check(t->ndim == 4, kOp, ": q, k and v must be [batch, heads, tokens, d], got ", *t);
   for (const Optional* s : starts)
@@ -24,8 +25,8 @@ void check_axes(std::initializer_list<const TensorView*> tokens, std::initialize
 
 void check_heads(const AttentionCall& c) {
   check(1 <= c.d && c.d <= kMaxHeadDim, kOp, ": d must be 1..", kMaxHeadDim, ", got ", c.d, " in q ", c.q);
-  check(c.kv_heads >= 1 && c.heads % c.kv_heads == 0, kOp,
-        ": the heads of k must divide those of q, got q ", c.q, " and k ", c.k);
+  check(c.kv_heads >= 1 && c.heads % c.kv_heads == 0, kOp, ": the heads of k must divide those of q, got q ",
+        c.q, " and k ", c.k);
 }
 
 void check_tokens(const AttentionCall& c) {
@@ -128,18 +129,18 @@ void check_sequences(const AttentionCall& c) {
 void check_eight_bits(const AttentionCall& c) {
   check(!c.eight_bits() || c.q.dtype != DType::f64, kOp,
         ": precision must be full for float64 tensors, got q ", c.q);
-  check(!c.key_mean || (c.key_mean->has_shape({c.sequences, c.kv_heads, c.d}) &&
-                        c.key_mean->dtype == DType::f32 && c.key_mean->device == c.q.device &&
-                        c.key_mean->is_contiguous()),
+  check(!c.key_mean ||
+            (c.key_mean->has_shape({c.sequences, c.kv_heads, c.d}) && c.key_mean->dtype == DType::f32 &&
+             c.key_mean->device == c.q.device && c.key_mean->is_contiguous()),
         kOp, ": key_mean must be contiguous f32[", c.sequences, ", ", c.kv_heads, ", ", c.d, "], got ",
         c.key_mean);
   const bool automatic = c.precision == Precision::automatic;
-  check(automatic == c.fell_back.has_value() &&
-            (!automatic ||
-             (c.fell_back->has_shape({c.sequences, c.heads}) && c.fell_back->dtype == DType::u8 &&
-              c.fell_back->device == c.q.device && c.fell_back->is_contiguous())),
-        kOp, ": fell_back must be given for auto alone, u8[", c.sequences, ", ", c.heads, "], got ",
-        c.fell_back);
+  check(
+      automatic == c.fell_back.has_value() &&
+          (!automatic || (c.fell_back->has_shape({c.sequences, c.heads}) && c.fell_back->dtype == DType::u8 &&
+                          c.fell_back->device == c.q.device && c.fell_back->is_contiguous())),
+      kOp, ": fell_back must be given for auto alone, u8[", c.sequences, ", ", c.heads, "], got ",
+      c.fell_back);
 }
 
 void check_memory(const AttentionCall& c, int64_t workspace) {
@@ -168,8 +169,8 @@ void attention(Stream stream, const TensorView& out, const TensorView& lse, cons
                const Optional& block_mask, const Optional& head_shift, const Optional& key_mean,
                const Optional& fell_back, const Optional& workspace, double scale, int64_t frames,
                const std::string& precision) {
-  AttentionCall c{out,      lse,        q,          k,        v,         bias,      factor, key_lengths,
-                  q_starts, k_starts,   block_mask, head_shift, key_mean, fell_back, workspace};
+  AttentionCall c{out,      lse,      q,          k,          v,        bias,      factor,   key_lengths,
+                  q_starts, k_starts, block_mask, head_shift, key_mean, fell_back, workspace};
   c.scale = scale;
   c.frames = frames;
   c.precision = precision_of(precision);

@@ -157,8 +157,7 @@ class Waves {
     const PackFunctions pack = pack_functions(p_.eight.products);
     std::fill(to.scale, to.scale + kWeightKeys, 0.0f);
     pack.values(p_.eight, to, values(p), tile * kWeightKeys, count, scratch.decoded);
-    pack.keys(p_.eight, to, keys(p), tile * kWeightKeys, count, eight(p, 0).mean_sums,
-              scratch.decoded);
+    pack.keys(p_.eight, to, keys(p), tile * kWeightKeys, count, eight(p, 0).mean_sums, scratch.decoded);
   }
 
   void pack_full(int64_t index, const Scratch& scratch) const {
@@ -192,10 +191,9 @@ class Waves {
       }
     });
     const double rows = double(p.rows), keys = double(std::max<int64_t>(p.keys, 1));
-    const float error =
-        expected_error({float(q_squares / rows), float(q_tops / rows), float(sums[0] / keys),
-                        float(sums[1] / keys), float(sums[2] / keys), float(sums[3] / keys)},
-                       float(c_.scale));
+    const float error = expected_error({float(q_squares / rows), float(q_tops / rows), float(sums[0] / keys),
+                                        float(sums[1] / keys), float(sums[2] / keys), float(sums[3] / keys)},
+                                       float(c_.scale));
     fell_back(p, g) = !(error <= kErrorBudget);
   }
 

@@ -84,8 +84,7 @@ void put_step(const HeadLayout& l, char* values, int64_t step, const Number* row
   Word* panel = reinterpret_cast<Word*>(values);
   for (int64_t j = 0; j < l.wide; ++j, panel += l.value_steps() * 32)
     put_words<Number, Word, numbers_of(P)>(panel + step * 32, rows + 32 * j, stride, 32);
-  if (l.narrow)
-    put_words<Number, Word, numbers_of(P)>(panel + step * 16, rows + 32 * l.wide, stride, 16);
+  if (l.narrow) put_words<Number, Word, numbers_of(P)>(panel + step * 16, rows + 32 * l.wide, stride, 16);
 }
 
 // int8 with a scale per column; keys that are not finite are marked in their scale. Word w of 64 keys has
@@ -133,8 +132,7 @@ void pack_key_codes(const HeadLayout& l, const TilePanels& to, const Tokens& k, 
         to.offset[key] = 0;
         continue;
       }
-      const CodedRow coded =
-          code_row<Row::key>(codes + j * width, k.row_of<T>(first + key), mean, 1.0f, l.d);
+      const CodedRow coded = code_row<Row::key>(codes + j * width, k.row_of<T>(first + key), mean, 1.0f, l.d);
       to.offset[key] = 128 * coded.sum;
       to.scale[key] += coded.scale;  // NaN of the value stays
       squares += coded.squares, top_squares += double(coded.top) * coded.top;
@@ -204,7 +202,8 @@ PackFunctions pack_functions(Products p) {
 
 void add_finite(float* sums, const Tokens& t, int64_t first, int64_t count) {
   dispatch_float("attention", t.dtype, [&]<typename T>() {
-    for (int64_t i = first; i < first + count; ++i) add_finite_row(reinterpret_cast<Floats*>(sums), t.row_of<T>(i), t.d);
+    for (int64_t i = first; i < first + count; ++i)
+      add_finite_row(reinterpret_cast<Floats*>(sums), t.row_of<T>(i), t.d);
   });
 }
 

@@ -47,7 +47,11 @@ struct HeadLayout {
   bool statistics;
 
   HeadLayout(Products p, int64_t d, bool statistics)
-      : products(p), d(d), steps(ceil_div(d, numbers_of(p.scores))), wide(d / 32), narrow(d % 32 > 0),
+      : products(p),
+        d(d),
+        steps(ceil_div(d, numbers_of(p.scores))),
+        wide(d / 32),
+        narrow(d % 32 > 0),
         statistics(statistics) {
     if (d % 32 > 16) ++wide, narrow = false;
   }
@@ -104,7 +108,7 @@ struct AttentionPlan {
   int64_t rows_per_task;
   int64_t region;  // bytes of the panels of a wave of heads
 
-  static constexpr int64_t kMostProblems = 512;      // of a wave
+  static constexpr int64_t kMostProblems = 512;          // of a wave
   static constexpr int64_t kRegion = int64_t(16) << 20;  // a wave's panels should fit the last cache
 
   int64_t head(int64_t keys) const {

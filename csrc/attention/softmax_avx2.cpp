@@ -19,7 +19,8 @@ struct Lanes : VectorLanes<Floats, Integers> {
 
 }  // namespace
 
-const SoftmaxFunctions kSoftmaxAvx2 = {{softmax<Lanes, Product::int8>, nullptr, softmax<Lanes, Product::f32>}};
+const SoftmaxFunctions kSoftmaxAvx2 = {
+    {softmax<Lanes, Product::int8>, nullptr, softmax<Lanes, Product::f32>}};
 
 }  // namespace rfk
 #endif

@@ -31,7 +31,7 @@ struct Lanes {
     V r, x;
   };
   static Parts split(V x) { return {_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF), x}; }  // r of -infinity is 0
-  static V times_power(V p, Parts parts) { return _mm512_scalef_ps(p, parts.x); }  // 2^floor(x)
+  static V times_power(V p, Parts parts) { return _mm512_scalef_ps(p, parts.x); }      // 2^floor(x)
   static float top(V v) { return _mm512_reduce_max_ps(v); }
   static float total(V v) { return _mm512_reduce_add_ps(v); }
   static void store_bf16(uint32_t* p, V a, V b) {

@@ -18,7 +18,8 @@ template <int Degree, typename L> inline typename L::V exp2_of(typename L::V x) 
     const auto parts = L::split(x);
     const auto r = parts.r;
     auto p = L::set(Degree == 4 ? 0.013426685f : 0.00021612915f);
-    if constexpr (Degree == 6) p = L::fma(p, r, L::set(0.0012467847f)), p = L::fma(p, r, L::set(0.0096754516f));
+    if constexpr (Degree == 6)
+      p = L::fma(p, r, L::set(0.0012467847f)), p = L::fma(p, r, L::set(0.0096754516f));
     p = L::fma(p, r, L::set(Degree == 4 ? 0.052242473f : 0.055485282f));
     p = L::fma(p, r, L::set(Degree == 4 ? 0.24128021f : 0.24022931f));
     p = L::fma(p, r, L::set(Degree == 4 ? 0.69304484f : 0.69314706f));
@@ -51,8 +52,7 @@ template <typename L, bool kBias, typename A> inline A top_of_row(const SoftmaxT
 
 // What the row's maxima make of earlier tiles and of this one, for all rows at once. Returns in `base` what
 // is taken from exponents.
-template <typename L, bool kIntegers, int Degree, typename A>
-inline void move_tops(RowState<A>& s, A* base) {
+template <typename L, bool kIntegers, int Degree, typename A> inline void move_tops(RowState<A>& s, A* base) {
   const auto lowest = L::set(-std::numeric_limits<A>::infinity()), zero = L::set(0);
   for (int i = 0; i < kRowSlots; i += L::kLanes) {
     const auto tile = L::load(base + i), old = L::load(s.top + i), top = L::max(tile, old);
@@ -84,7 +84,8 @@ inline A weights_of_row(const SoftmaxTile<A>& t, int i, A base) {
       w[n] = exp2_of<Degree, L>(exponent<L, kBias>(scores + n * L::kLanes, factor, minus));
       sum = L::fma(w[n], one, sum);  // FMA units idle, adders do not
       if constexpr (kRelative) w[n] *= L::load(t.relative + t.panel_keys[p] + n * L::kLanes - i);
-      if constexpr (W != Product::bf16) L::store(reinterpret_cast<A*>(words) + p * kPanel + n * L::kLanes, w[n]);
+      if constexpr (W != Product::bf16)
+        L::store(reinterpret_cast<A*>(words) + p * kPanel + n * L::kLanes, w[n]);
     }
     if constexpr (W == Product::bf16) L::store_bf16(words + p * kPanel / 2, w[0], w[1]);
   }
@@ -114,7 +115,8 @@ inline float codes_of_row(const SoftmaxTile<float>& t, int i, float base, float&
         sum = L::fma(v, one, sum);
         bytes[q] = (typename L::I)L::fma(v, one, L::set(0x1.8p23f));  // rounded, in the last byte
       }
-      const typename L::I word = (bytes[0] & 255) | (bytes[1] & 255) << 8 | (bytes[2] & 255) << 16 | bytes[3] << 24;
+      const typename L::I word =
+          (bytes[0] & 255) | (bytes[1] & 255) << 8 | (bytes[2] & 255) << 16 | bytes[3] << 24;
       L::add_codes(codes, word);
       L::store_words(words + p * kPanel / 4 + w, word);
     }

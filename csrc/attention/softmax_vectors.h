@@ -35,7 +35,7 @@ template <typename Floats, typename Integers> struct VectorLanes {
   };
   static Parts split(V x) {
     const V bounded = x < set(-126.0f) ? set(-126.0f) : x;  // NaN stays
-    const V shifted = (bounded - 0.5f) + set(0x1.8p23f);  // floor(x), or one less where x is an integer
+    const V shifted = (bounded - 0.5f) + set(0x1.8p23f);    // floor(x), or one less where x is an integer
     return {bounded - (shifted - set(0x1.8p23f)), x, shifted};
   }
   static V times_power(V p, Parts parts) {

@@ -61,8 +61,8 @@ inline constexpr int kTileRows[] = {12, 4, 24}, kTileColumns[] = {32, 32, 16};
 
 enum class Product : uint8_t { int8, bf16, f32, f64 };
 
-// Attention: rows of weights for up to 256 keys, in words that are padded against rows in the same sets of the
-// cache, times panels of values. Sums are added to c; int8 (weights unsigned, not offset) by row.
+// Attention: rows of weights for up to 256 keys, in words that are padded against rows in the same sets of
+// the cache, times panels of values. Sums are added to c; int8 (weights unsigned, not offset) by row.
 enum ValueShape { kValues12x32, kValues12x16, kValues4x32, kValues4x16, kValueShapes };
 inline constexpr int kWeightKeys = 256;
 constexpr int weight_stride(Product p) {  // words

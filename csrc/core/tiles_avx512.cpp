@@ -26,11 +26,12 @@ struct Int8 {
   static Vector load(const Sum* p) { return _mm512_loadu_si512(p); }
   static void store(Sum* p, Vector v) { _mm512_storeu_si512(p, v); }
   static Vector zero() { return _mm512_setzero_si512(); }
-  static Vector minus_offset(Scale s, int column) { return _mm512_sub_epi32(zero(), load(s.offset + column)); }
+  static Vector minus_offset(Scale s, int column) {
+    return _mm512_sub_epi32(zero(), load(s.offset + column));
+  }
   static Operand operand(const Word* p) { return _mm512_loadu_si512(p); }
   static Vector broadcast(Word w) { return _mm512_set1_epi32(w); }
-  template <bool kAdd, bool kByRow>
-  static void scale(Number* c, Vector sums, Scale s, int column, int row) {
+  template <bool kAdd, bool kByRow> static void scale(Number* c, Vector sums, Scale s, int column, int row) {
     scale_into<kAdd, kByRow>(c, _mm512_cvtepi32_ps(sums), s, column, row);
   }
   static constexpr int kPerWord = 4;
@@ -58,8 +59,7 @@ struct Float {
   static Vector minus_offset(Scale, int) { return zero(); }
   static Operand operand(const Word* p) { return _mm512_loadu_ps(p); }
   static Vector broadcast(Word w) { return _mm512_set1_ps(w); }
-  template <bool kAdd, bool kByRow>
-  static void scale(Number* c, Vector sums, Scale s, int column, int row) {
+  template <bool kAdd, bool kByRow> static void scale(Number* c, Vector sums, Scale s, int column, int row) {
     scale_into<kAdd, kByRow>(c, sums, s, column, row);
   }
   static constexpr int kPerWord = 1;

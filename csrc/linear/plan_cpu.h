@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "linear/call.h"
 #include "core/tiles.h"
+#include "linear/call.h"
 
 // How a product on the CPU is cut, and where its panels lie in the workspace.
 

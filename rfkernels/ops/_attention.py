@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from rfkernels import _C
-from rfkernels.ops._register import accumulator, define
 from rfkernels.ops._attention_gradient import attention_backward
 from rfkernels.ops._attention_parts import hidden_keys, shifted, toeplitz
+from rfkernels.ops._register import accumulator, define
 from rfkernels.ops._workspace import workspace_of
+
 
 def attention_reference(
     q: Tensor,
@@ -29,8 +30,7 @@ def attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition of the op in plain torch; `precision` and `key_mean` do not change what it means."""
     wide = accumulator(q.dtype)
-    batch, heads, rows, _ = q.shape
-    keys, group = k.shape[2], heads // k.shape[1]
+    rows, keys, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = (t.to(wide).repeat_interleave(group, 1) for t in shifted(k, v, head_shift, frames))
     scores = scale * (q.to(wide) @ k.mT)
     if bias is not None:

@@ -73,7 +73,7 @@ def _accumulate(result, grads, needs, out, lse, q, k, v, others) -> None:
         if dout is not None:
             dweights = dout @ v_wide.mT
             c = None if factor is None else toeplitz(factor.to(wide), rows, keys, at)
-            dv += ((weights if c is None else weights * c).mT @ dout)
+            dv += (weights if c is None else weights * c).mT @ dout
             if dfactor is not None:
                 _add_diagonals(dfactor, weights * dweights, rows, at)
             if c is not None:

@@ -9,8 +9,7 @@ No buffer of queries times keys exists at any point. Softmax is computed online 
 import torch
 from torch import Tensor
 
-from rfkernels.ops._attention import attention_reference, fallbacks, run_attention
-from rfkernels.ops._attention_parts import BLOCK_KEYS, BLOCK_ROWS
+from rfkernels.ops._attention import attention_reference, run_attention
 
 __all__ = ["attention", "attention_reference", "key_mean"]
 
@@ -63,7 +62,7 @@ def attention(
             b + head_shift[h], where both are of the same run of `frames` samples, else its own (ZeroI2V, Li
             et al., 2023).
         key_mean: float32 `[batch or sequences, kv_heads, d]`, subtracted from the keys before they become
-            codes, which leaves the softmax as it is; absent: their mean. That of an earlier step saves a pass.
+            codes, which leaves the softmax as it is; absent: their mean. An earlier step's saves a pass.
         layout: "blhd" for `[batch, tokens, heads, d]`.
         precision: "full": products of the dtype. "bf16": the same of q, k, v rounded to bfloat16. "int8": q
             and k as int8 codes with a scale per token, weights as eight bits times int8 codes of v
@@ -93,16 +92,11 @@ def attention(
         bias = bias.float() if bias is not None and bias.dtype in (torch.float64, torch.float16) else bias
         precision = "full"
     packed = cu_seqlens is not None
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.ndim != (3 if packed else 4):
-            axes = "[tokens, heads, d] beside cu_seqlens" if packed else f"four axes, {layout}"
-            raise ValueError(f"attention: {name} must be {axes}, got {tuple(t.shape)}")
-    if packed:
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    elif layout == "blhd":
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = (_heads_first(name, t, packed, layout) for name, t in (("q", q), ("k", k), ("v", v)))
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, -torch.inf)
+    if block_mask is not None and block_mask.dtype != torch.bool:
+        raise ValueError(f"attention: block_mask must be bool, got {block_mask.dtype}")
     starts = cu_seqlens if isinstance(cu_seqlens, (tuple, list)) else (cu_seqlens, cu_seqlens)
     extras = (bias, factor, key_lengths, cu_seqlens, block_mask, head_shift)
     if precision == "full" and not return_lse and delegates(q, extras):
@@ -129,6 +123,16 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def _heads_first(name: str, t: Tensor, packed: bool, layout: str) -> Tensor:
+    """A view `[batch, heads, tokens, d]`."""
+    if t.ndim != (3 if packed else 4):
+        axes = "[tokens, heads, d] beside cu_seqlens" if packed else f"four axes, {layout}"
+        raise ValueError(f"attention: {name} must be {axes}, got {tuple(t.shape)}")
+    if packed:
+        return t.transpose(0, 1)[None]
+    return t.transpose(1, 2) if layout == "blhd" else t
+
+
 def delegates(q: Tensor, extras: tuple = ()) -> bool:
     """Whether torch's attention (cuDNN) runs a call: plain 16-bit ones on sm_90 and later, where it is the
     fastest there is."""
@@ -139,8 +143,7 @@ def delegates(q: Tensor, extras: tuple = ()) -> bool:
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    with sdpa_kernel(order, set_priority=True):
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
