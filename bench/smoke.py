@@ -60,6 +60,12 @@ def results(
     coefs = draw((3, shape[0]), torch.float32)
     keys = ops.noise_keys(7, shape[0], step=3, device=device)
     z = ops.philox_normal_reference(shape, keys, torch.float64)
+    outs, lses = (
+        [draw(shape, state) for _ in range(3)],
+        [4 * draw(shape[:-1], torch.float32) for _ in range(3)],
+    )
+    merged = ops.attention_merge(outs, lses)
+    wide_merged = ops.attention_merge_reference([t.double() for t in outs], [t.double() for t in lses])
     d = {name: t.double() for name, t in dict(x=x, u=u, c=c, a=a, b=b, w=w, k=coefs, d=derivatives).items()}
     return {
         "affine_step": (
@@ -78,6 +84,8 @@ def results(
             ops.cfg_step(x, u, c, w, a, b),
             ops.cfg_step_reference(d["x"], d["u"], d["c"], d["w"], d["a"], d["b"]),
         ),
+        "attention_merge": (merged[0], wide_merged[0]),
+        "attention_merge lse": (merged[1], wide_merged[1]),
         "philox_normal": (ops.philox_normal(shape, keys, dtype=state), z),
         "renoise": (ops.renoise(x, a, b, keys), _rows(d["a"], x) * d["x"] + _rows(d["b"], x) * z),
         **{

@@ -6,6 +6,7 @@ namespace rfk::python {
 
 void bind_attention(py::module_& m) {
   def(m, "attention", &attention);
+  def(m, "attention_merge", &attention_merge);
   m.def("attention_workspace",
         [](const TensorArg& q, const TensorArg& k, const std::optional<TensorArg>& q_starts,
            const std::string& precision) {

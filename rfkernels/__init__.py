@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rfkernels.adapters.merge import merge_lora, unmerge_lora
     from rfkernels.diagnosis import explain
     from rfkernels.formats.native import load_quantized, save_quantized
+    from rfkernels.integrations.diffusers import stop_using_attention, use_attention
     from rfkernels.pipeline import Pipeline, generate
     from rfkernels.quantization.model import quantize
 
@@ -40,8 +41,10 @@ __all__ = [
     "samplers",
     "save_quantized",
     "set_adapters",
+    "stop_using_attention",
     "unload_lora",
     "unmerge_lora",
+    "use_attention",
 ]
 
 _MODULES = frozenset({"adapters", "formats", "models", "nn", "ops", "samplers"})
@@ -55,8 +58,10 @@ _OBJECTS = {
     "quantize": "rfkernels.quantization.model",
     "save_quantized": "rfkernels.formats.native",
     "set_adapters": "rfkernels.adapters.load",
+    "stop_using_attention": "rfkernels.integrations.diffusers",
     "unload_lora": "rfkernels.adapters.load",
     "unmerge_lora": "rfkernels.adapters.merge",
+    "use_attention": "rfkernels.integrations.diffusers",
 }
 
 

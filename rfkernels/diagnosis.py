@@ -38,7 +38,8 @@ def explain() -> Explanation:
     """What is built, seen and used, as a dict that `json` can write; `print(explain())` is for people.
 
     Keys: `rfkernels`, `python`, `build` (None when the kernels cannot be loaded), `torch`, `cpu`,
-    `devices`, `ops` (one row per op: where it runs and why), `weights`, `problems` (level, problem, fix).
+    `devices`, `ops` (one row per op: where it runs and why), `attention` (who runs
+    it, and what `precision="auto"` decided in the last calls), `weights`, `problems` (level, problem, fix).
     Never raises: what cannot be found out is a problem with a fix.
     """
     findings: list[Finding] = []
@@ -54,6 +55,7 @@ def explain() -> Explanation:
         cpu=cpu,
         devices=devices,
         ops=_ops(build, cpu, devices, findings),
+        attention=_attention(build, devices),
         weights=_weights(torch_info, findings),
     )
     report["problems"] = [asdict(finding) for finding in findings]
@@ -204,6 +206,24 @@ def _cuda_reason(build: dict, devices: list[dict]) -> str:
     return "; ".join(rows)
 
 
+def _attention(build: dict | None, devices: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Which calls torch's attention runs, and of the last calls with "auto" how many heads fell back."""
+    if build is None:
+        return None
+    try:
+        module = importlib.import_module("rfkernels.ops._attention")
+    except Exception:  # `_ops` has the finding
+        return None
+    flags = [flags.cpu() for flags in module.fallbacks]
+    delegating = [d["device"] for d in devices if int(d["sm"]) >= 90]
+    return {
+        "delegated": f"plain 16-bit calls on {', '.join(delegating)}: torch (cuDNN)" if delegating else "none",
+        "auto_calls": len(flags),
+        "auto_heads": sum(f.numel() for f in flags),
+        "auto_heads_in_full": sum(int(f.sum()) for f in flags),
+    }
+
+
 def _weights(torch_info: dict | None, findings: list[Finding]) -> list[dict[str, Any]]:
     """The weights files shipped with the package, each opened to see that it is whole and ours."""
     files = sorted(WEIGHTS.glob("*.safetensors"))
@@ -260,6 +280,15 @@ def _lines(report: Explanation) -> list[str]:
     for weights in report["weights"]:
         state = "intact" if weights["intact"] else "damaged"
         lines.append(f"weights  {weights['name']} {weights['megabytes']} MB, {state}, {weights['path']}")
+    attention = report["attention"]
+    if attention:
+        auto = (
+            f"of the last {attention['auto_calls']} with auto, {attention['auto_heads_in_full']} of "
+            f"{attention['auto_heads']} heads fell back to full precision"
+            if attention["auto_calls"]
+            else "none with auto yet"
+        )
+        lines.append(f"attend   calls given to torch: {attention['delegated']}; {auto}")
     return [*lines, *_op_table(report["ops"]), *_problem_lines(report["problems"])]
 
 

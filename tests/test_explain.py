@@ -92,6 +92,24 @@ def test_a_covered_gpu_runs_the_kernels(monkeypatch, build):
     assert {row["cuda"] for row in report["ops"]} == {"cuda:0 sm_90a kernel"}
 
 
+def test_attention_says_who_runs_it_and_what_auto_decided(monkeypatch, build):
+    from rfkernels import ops
+    from rfkernels.ops import _attention
+
+    _attention.fallbacks.clear()
+    assert "none with auto yet" in str(rfkernels.explain())
+    q = torch.randn(1, 3, 40, 64, generator=torch.Generator().manual_seed(0))
+    q[:, 1] *= 30
+    ops.attention(q, q, q, precision="auto")
+    gpu(monkeypatch, (9, 0))
+    report = rfkernels.explain()["attention"]
+    assert report["delegated"] == "plain 16-bit calls on cuda:0: torch (cuDNN)"
+    assert (report["auto_calls"], report["auto_heads"], report["auto_heads_in_full"]) == (1, 3, 1)
+    gpu(monkeypatch, (8, 9))
+    assert rfkernels.explain()["attention"]["delegated"] == "none"
+    assert "1 of 3 heads fell back to full precision" in str(rfkernels.explain())
+
+
 def test_a_gpu_that_is_not_covered_comes_with_its_fix(monkeypatch, build):
     gpu(monkeypatch, (7, 5))
     report = rfkernels.explain()

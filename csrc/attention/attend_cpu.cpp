@@ -1,6 +1,7 @@
 #include "attention/attend_cpu.h"
 
 #include "core/dispatch.h"
+#include "core/math.h"
 
 namespace rfk {
 namespace {
@@ -12,16 +13,40 @@ template <typename A> RFK_SIMD void multiply(A* v, A by, int64_t n) {
   for (int64_t i = 0; i < n; ++i) v[i] *= by;
 }
 
-template <typename T, typename A> RFK_SIMD void write_row(T* out, const A* sums, A by, int64_t n) {
+// Rows of a panel of sums, by what the tile of keys makes of them.
+template <int Width, typename A> RFK_SIMD void rescale(A* sums, const A* by, int rows) {
+  for (int i = 0; i < rows; ++i)
+    if (by[i] != 1)
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = store<T>(sums[i] * by);
+      for (int j = 0; j < Width; ++j) sums[i * Width + j] *= by[i];
 }
 
-RFK_SIMD float dot(const float* a, const float* b, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
+// What is left to do with the sums of a row: their factor, and the logarithm of the sum of exponentials.
+template <typename A> struct Ends {
+  A by[kRowSlots], lse[kRowSlots];
+};
+
+template <typename A> RFK_SIMD void find_ends(Ends<A>& ends, const RowState<A>& s, const A* shift) {
+  constexpr A kLowest = -std::numeric_limits<A>::infinity();
+#pragma omp simd
+  for (int i = 0; i < kRowSlots; ++i) {
+    const bool none = s.top[i] == kLowest && s.sum[i] == 0;
+    ends.by[i] = none ? A(0) : 1 / s.sum[i];
+    const A lse = s.top[i] * A(kLn2) + log_(s.exact[i]) + shift[i];
+    ends.lse[i] = none ? kLowest : lse;
+  }
+}
+
+template <int Width, typename T, typename A>
+RFK_SIMD void write_rows(T* out, int64_t stride, const A* sums, const A* by, int rows, int columns) {
+  for (int i = 0; i < rows; ++i, out += stride, sums += Width) {
+    if (columns == Width) {
+#pragma omp simd
+      for (int j = 0; j < Width; ++j) out[j] = store<T>(sums[j] * by[i]);
+    } else {
+      for (int j = 0; j < columns; ++j) out[j] = store<T>(sums[j] * by[i]);
+    }
+  }
 }
 
 template <Product S> auto softmax_of(Product weights) {
@@ -55,11 +80,13 @@ template <Product S> class Attend {
 
   void run() {
     for (int64_t t = 0; t < row_tiles(); ++t) pack_queries(t);
+    bool fresh = true;  // sums of values are 0
     for (int64_t tile = 0; tile < p_.tiles(); ++tile) {
       const TilePanels panels(l_, const_cast<char*>(panels_) + tile * l_.tile());
       find_panels(tile);
       if (count_ == 0) continue;
-      for (int64_t t = 0; t < row_tiles(); ++t) add_tile(t, tile, panels);
+      for (int64_t t = 0; t < row_tiles(); ++t) add_tile(t, tile, panels, fresh);
+      fresh = false;
     }
     dispatch_float("attention", c_.out.dtype, [&]<typename T>() {
       if constexpr (std::is_same_v<acc_t<T>, A>)
@@ -84,21 +111,21 @@ template <Product S> class Attend {
     const Tokens q = queries_of(c_, p_, head_);
     const int64_t width = l_.steps * numbers_of(S);
     Number* const numbers = reinterpret_cast<Number*>(s_.decoded);
-    float* const row = reinterpret_cast<float*>(numbers + kMostRows * width);
     const A by = A(c_.scale == 0 ? kLog2e : std::fabs(c_.scale) * kLog2e);
     for (int i = 0; i < stride(t); ++i) {
       Number* const n = numbers + i * width;
       factors(t)[i] = by;
+      shifts(t)[i] = 0;
       if (i >= rows(t)) {
         std::memset(static_cast<void*>(n), 0, width * sizeof(Number));
       } else if constexpr (kCodes) {
-        decode_row(row, q, first_ + t * kMostRows + i, l_.d);
-        turn(row, l_.d);
-        factors(t)[i] *= code_row<true>(n, row, l_.d, width).scale;
-        shifts(t)[i] = p_.keys ? A(std::fabs(c_.scale)) * dot(row, mean(), l_.d) : A(0);
+        const CodedRow coded = code_query(n, q, first_ + t * kMostRows + i);
+        factors(t)[i] *= coded.scale;
+        shifts(t)[i] = A(std::fabs(c_.scale)) * coded.dot;
       } else {
         decode_row(n, q, first_ + t * kMostRows + i, width);
-        turn(n, l_.d);
+        if (c_.scale <= 0)
+          for (int64_t j = 0; j < l_.d; ++j) n[j] = store<Number>(load(n[j]) * sign());
       }
     }
     interleave(queries(t), reinterpret_cast<const Word*>(numbers), l_.steps, stride(t), l_.steps);
@@ -109,12 +136,17 @@ template <Product S> class Attend {
     std::fill(sums(t), sums(t) + stride(t) * l_.columns(), A(0));
   }
 
-  const float* mean() const { return TilePanels(l_, const_cast<char*>(panels_)).mean_sums; }
-
   // Factors are positive: the sign of the scale, or its being 0, goes to the queries.
-  template <typename T> void turn(T* row, int64_t n) const {
-    if (c_.scale > 0) return;
-    for (int64_t i = 0; i < n; ++i) row[i] = store<T>(load(row[i]) * (c_.scale < 0 ? -1 : 0));
+  A sign() const { return c_.scale > 0 ? 1 : c_.scale < 0 ? -1 : 0; }
+
+  CodedRow code_query(int8_t* codes, const Tokens& q, int64_t row) const {
+    static constexpr float kZeros[kMaxHeadDim] = {};
+    const float* const mean = p_.keys ? TilePanels(l_, const_cast<char*>(panels_)).mean_sums : kZeros;
+    CodedRow coded;
+    dispatch_float("attention", q.dtype, [&]<typename T>() {
+      coded = code_row<Row::query>(codes, q.row_of<T>(row), mean, float(sign()), l_.d);
+    });
+    return coded;
   }
 
   // The panels of a tile that the rows see: all, or blocks of them.
@@ -137,7 +169,7 @@ template <Product S> class Attend {
     return m.ptr<uint8_t>()[at] != 0;
   }
 
-  void add_tile(int64_t t, int64_t tile, const TilePanels& panels) const {
+  void add_tile(int64_t t, int64_t tile, const TilePanels& panels, bool fresh) const {
     const TileShape shape = stride(t) == 4 ? kTile4x32 : kTile12x32;
     const TileFunction multiply_scores = tiles().of(S, shape);
     A* const scores = reinterpret_cast<A*>(s_.scores);
@@ -152,7 +184,7 @@ template <Product S> class Attend {
     if (c_.bias) read_bias(s, t, tile);
     if (c_.factor) read_factor(s, t, tile);
     softmax_(s);
-    add_values(t, panels);
+    add_values(t, panels, fresh);
   }
 
   void read_bias(SoftmaxTile<A>& s, int64_t t, int64_t tile) const {
@@ -187,7 +219,7 @@ template <Product S> class Attend {
     s.relative = to + rows(t) - 1;
   }
 
-  void add_values(int64_t t, const TilePanels& panels) const {
+  void add_values(int64_t t, const TilePanels& panels, bool fresh) const {
     const RowState<A>& s = state(t);
     const int r = stride(t);
     const Product product = l_.products.values;
@@ -197,8 +229,7 @@ template <Product S> class Attend {
     for (int64_t j = 0; column < l_.columns(); ++j) {
       const int width = j < l_.wide ? 32 : 16;
       A* const to = sums(t) + r * column;
-      for (int i = 0; i < rows(t); ++i)
-        if (s.rescale[i] != 1) multiply(to + i * width, s.rescale[i], width);
+      if (!fresh) width == 32 ? rescale<32>(to, s.rescale, rows(t)) : rescale<16>(to, s.rescale, rows(t));
       const ValueShape shape = r == 4 ? (width == 32 ? kValues4x32 : kValues4x16)
                                       : (width == 32 ? kValues12x32 : kValues12x16);
       const TileFunction add = tiles()[product].values[shape];
@@ -206,7 +237,8 @@ template <Product S> class Attend {
       for (int i = 0; i < count_;) {  // runs of neighbouring panels
         int end = i + 1;
         while (end < count_ && panels_seen_[end] == panels_seen_[end - 1] + 1) ++end;
-        add((end - i) * panel_steps, s_.weights + i * panel_steps * word,
+        const int64_t steps = (end - i) * panel_steps;
+        add(l_.value_codes() ? ceil_div(steps, 16) * 16 : steps, s_.weights + i * panel_steps * word,
             values + panels_seen_[i] * panel_steps * width * word, to,
             l_.value_codes() ? Into::add_scaled_by_row : Into::add,
             {panels.offset, panels.value_scale + column, reinterpret_cast<const float*>(s.step)});
@@ -217,21 +249,17 @@ template <Product S> class Attend {
   }
 
   template <typename T> void write(int64_t t) const {
-    const RowState<A>& s = state(t);
-    for (int i = 0; i < rows(t); ++i) {
-      const int64_t row = p_.row + first_ + t * kMostRows + i;
-      const bool none = s.top[i] == -std::numeric_limits<A>::infinity() && s.sum[i] == 0;
-      const A by = none ? A(0) : 1 / s.sum[i];
-      c_.lse.ptr<A>()[(sample() * c_.heads + head_) * c_.rows + row] =
-          none ? s.top[i]
-               : A((s.top[i] + std::log2(s.exact[i])) * kLn2) + (kCodes ? shifts(t)[i] : A(0));
-      T* const out = c_.out.ptr<T>() + sample() * c_.out.stride[0] + head_ * c_.out.stride[1] +
-                     row * c_.out.stride[2];
-      for (int64_t column = 0; column < l_.d; column += 32) {
-        const int64_t width = column < 32 * l_.wide ? 32 : 16;
-        write_row(out + column, sums(t) + stride(t) * column + i * width, by,
-                  std::min<int64_t>(width, l_.d - column));
-      }
+    Ends<A> ends;
+    find_ends(ends, state(t), shifts(t));
+    const int64_t row = p_.row + first_ + t * kMostRows;
+    std::copy(ends.lse, ends.lse + rows(t), c_.lse.ptr<A>() + (sample() * c_.heads + head_) * c_.rows + row);
+    const int64_t stride_out = c_.out.stride[2];
+    T* const out = c_.out.ptr<T>() + sample() * c_.out.stride[0] + head_ * c_.out.stride[1] + row * stride_out;
+    for (int64_t column = 0; column < l_.d; column += 32) {
+      const A* const from = sums(t) + stride(t) * column;
+      const int columns = int(std::min<int64_t>(32, l_.d - column));
+      column < 32 * l_.wide ? write_rows<32>(out + column, stride_out, from, ends.by, rows(t), columns)
+                            : write_rows<16>(out + column, stride_out, from, ends.by, rows(t), columns);
     }
   }
 

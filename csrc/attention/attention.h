@@ -41,4 +41,17 @@ void attention(Stream stream, const TensorView& out, const TensorView& lse, cons
 int64_t attention_workspace(const TensorView& q, const TensorView& k,
                             const std::optional<TensorView>& q_starts, const std::string& precision);
 
+// The result over the union of up to eight disjoint sets of keys, from the results over each:
+// lse = log(sum_k exp(lses[k])) and out = sum_k exp(lses[k] - lse) outs[k]. A part of -infinity has no
+// weight, whatever its out is; a row of such parts alone is 0, with lse -infinity. NaN stays.
+//
+// out, outs [..., rows, d] of one floating dtype; lse, lses [..., rows] f32 (f64); contiguous. out and lse
+// may be those of a part.
+void attention_merge(Stream stream, const TensorView& out, const TensorView& lse,
+                     const std::vector<TensorView>& outs, const std::vector<TensorView>& lses);
+
+// The CUDA half, on tensors that the function above has checked.
+void attention_merge_cuda(Stream stream, const TensorView& out, const TensorView& lse,
+                          const std::vector<TensorView>& outs, const std::vector<TensorView>& lses);
+
 }  // namespace rfk

@@ -3,6 +3,7 @@
 #endif
 
 #include "attention/attend_cpu.h"
+#include "core/dispatch.h"
 
 namespace rfk {
 namespace {
@@ -107,7 +108,7 @@ class Waves {
     if (p_.with_eight) {
       if (!c_.key_mean) {
 #pragma omp for
-        for (int64_t i = 0; i < tiles_; ++i) sum_keys(i, scratch);
+        for (int64_t i = 0; i < tiles_; ++i) sum_keys(i);
       }
 #pragma omp for
       for (int64_t i = 0; i < count_; ++i) find_mean(problems_[i]);
@@ -116,7 +117,7 @@ class Waves {
     }
     if (c_.fell_back) {
 #pragma omp for
-      for (int64_t i = 0; i < count_ * group(); ++i) decide(problems_[i / group()], i % group(), scratch);
+      for (int64_t i = 0; i < count_ * group(); ++i) decide(problems_[i / group()], i % group());
     }
     if (p_.with_full) {
 #pragma omp for
@@ -124,12 +125,12 @@ class Waves {
     }
   }
 
-  void sum_keys(int64_t index, const Scratch& scratch) const {
+  void sum_keys(int64_t index) const {
     const Problem& p = problem_of<&Problem::first_tile>(index);
     const int64_t tile = tile_of(p, index);
     float* const sums = eight(p, tile).mean_sums;
-    std::fill(sums, sums + c_.d, 0.0f);
-    add_finite(sums, keys(p), tile * kWeightKeys, keys_of(p, tile), reinterpret_cast<float*>(scratch.decoded));
+    std::fill(sums, sums + padded(c_.d), 0.0f);
+    add_finite(sums, keys(p), tile * kWeightKeys, keys_of(p, tile));
   }
 
   // The mean of the keys goes where the sums of the first tile were. What is not finite counts as 0.
@@ -138,6 +139,7 @@ class Waves {
     float* const mean = eight(p, 0).mean_sums;
     if (c_.key_mean) {
       const float* given = c_.key_mean->ptr<float>() + (p.sequence * c_.kv_heads + p.kv_head) * c_.d;
+      std::fill(mean, mean + padded(c_.d), 0.0f);
       for (int64_t i = 0; i < c_.d; ++i) mean[i] = std::isfinite(given[i]) ? given[i] : 0.0f;
       return;
     }
@@ -177,18 +179,18 @@ class Waves {
     return c_.fell_back->ptr<uint8_t>()[p.sequence * c_.heads + p.kv_head * group() + g];
   }
 
-  void decide(const Problem& p, int64_t g, const Scratch& scratch) const {
+  void decide(const Problem& p, int64_t g) const {
     double sums[4] = {}, q_squares = 0, q_tops = 0;
     for (int64_t tile = 0; tile < p.tiles(); ++tile)
       for (int i = 0; i < 4; ++i) sums[i] += eight(p, tile).statistics[i];
     const Tokens q = queries_of(c_, p, p.kv_head * group() + g);
-    float* const row = reinterpret_cast<float*>(scratch.decoded);
-    int8_t* const codes = reinterpret_cast<int8_t*>(row + c_.d);
-    for (int64_t i = 0; i < p.rows; ++i) {
-      decode_row(row, q, i, c_.d);
-      const CodedRow coded = code_row<true>(codes, row, c_.d, c_.d);
-      q_squares += coded.squares, q_tops += coded.top * coded.top;
-    }
+    const float zeros[kMaxHeadDim] = {};
+    dispatch_float("attention", q.dtype, [&]<typename T>() {
+      for (int64_t i = 0; i < p.rows; ++i) {
+        const CodedRow coded = code_row<Row::squares>(nullptr, q.row_of<T>(i), zeros, 1.0f, c_.d);
+        q_squares += coded.squares, q_tops += double(coded.top) * coded.top;
+      }
+    });
     const double rows = double(p.rows), keys = double(std::max<int64_t>(p.keys, 1));
     const float error =
         expected_error({float(q_squares / rows), float(q_tops / rows), float(sums[0] / keys),

@@ -27,15 +27,23 @@ struct Lanes {
   static V if_equal(V a, V b, V then, V otherwise) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), otherwise, then);
   }
-  static V times_power(V p, V shifted, V) { return _mm512_scalef_ps(p, shifted - set(0x1.8p23f)); }
+  struct Parts {
+    V r, x;
+  };
+  static Parts split(V x) { return {_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF), x}; }  // r of -infinity is 0
+  static V times_power(V p, Parts parts) { return _mm512_scalef_ps(p, parts.x); }  // 2^floor(x)
   static float top(V v) { return _mm512_reduce_max_ps(v); }
   static float total(V v) { return _mm512_reduce_add_ps(v); }
-  static void store_bf16(uint16_t* p, V v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+  static void store_bf16(uint32_t* p, V a, V b) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
   }
-  static void store_codes(uint8_t* p, V code) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(code)));
+  using I __attribute__((vector_size(64))) = int32_t;
+  static void store_words(uint32_t* p, I v) { _mm512_storeu_si512(p, (__m512i)v); }
+  static __m512i no_codes() { return _mm512_setzero_si512(); }
+  static void add_codes(__m512i& sum, I words) {
+    sum = _mm512_add_epi64(sum, _mm512_sad_epu8((__m512i)words, _mm512_setzero_si512()));
   }
+  static int64_t total_codes(__m512i sum) { return _mm512_reduce_add_epi64(sum); }
 };
 
 }  // namespace

@@ -9,20 +9,20 @@
 namespace rfk {
 namespace {
 
-// 2^x for x <= 0 and -infinity, relative error 3e-6 (Degree 4) or 2e-8 (6); NaN stays.
+// 2^x for x <= 8 and -infinity, relative error 3e-6 (Degree 4) or 2e-8 (6); NaN stays. L::split(x) is
+// x = n + r with n an integer and r in 0 .. 1, where r is a number even if x is -infinity.
 template <int Degree, typename L> inline typename L::V exp2_of(typename L::V x) {
   if constexpr (L::kExact) {
     return L::exp2(x);
   } else {
-    x = L::max(L::set(-150.0f), x);  // 2^-150 is 0
-    const auto shifted = x + L::set(0x1.8p23f), r = x - (shifted - L::set(0x1.8p23f));
-    auto p = L::set(Degree == 4 ? 0.0095828529f : 0.00015353363f);
-    if constexpr (Degree == 6) p = L::fma(p, r, L::set(0.0013398874f)), p = L::fma(p, r, L::set(0.0096184369f));
-    p = L::fma(p, r, L::set(Degree == 4 ? 0.055906426f : 0.055503324f));
-    p = L::fma(p, r, L::set(Degree == 4 ? 0.24024099f : 0.24022648f));
-    p = L::fma(p, r, L::set(Degree == 4 ? 0.69312418f : 0.69314718f));
-    p = L::fma(p, r, L::set(1.0f));
-    return L::times_power(p, shifted, x);
+    const auto parts = L::split(x);
+    const auto r = parts.r;
+    auto p = L::set(Degree == 4 ? 0.013426685f : 0.00021612915f);
+    if constexpr (Degree == 6) p = L::fma(p, r, L::set(0.0012467847f)), p = L::fma(p, r, L::set(0.0096754516f));
+    p = L::fma(p, r, L::set(Degree == 4 ? 0.052242473f : 0.055485282f));
+    p = L::fma(p, r, L::set(Degree == 4 ? 0.24128021f : 0.24022931f));
+    p = L::fma(p, r, L::set(Degree == 4 ? 0.69304484f : 0.69314706f));
+    return L::times_power(L::fma(p, r, L::set(1.0f)), parts);
   }
 }
 
@@ -30,18 +30,22 @@ template <int Degree, typename L> inline typename L::V exp2_of(typename L::V x) 
 template <typename L, bool kBias, typename A> inline A top_of_row(const SoftmaxTile<A>& t, int i) {
   const auto factor = L::set(t.factor[i]);
   auto top = L::set(-std::numeric_limits<A>::infinity());
-  for (int p = 0; p < t.panels; ++p) {
+  const auto panel = [&]<bool kTail>(int p) __attribute__((always_inline)) {
     A* const scores = t.scores + (p * t.stride + i) * kPanel;
-    const int there = p == t.panels - 1 ? t.tail : kPanel;
 #pragma GCC unroll 8
     for (int at = 0; at < kPanel; at += L::kLanes) {
       auto s = L::load(scores + at);
       if constexpr (kBias) s = L::fma(s, factor, L::load(t.bias + i * t.bias_stride + p * kPanel + at));
-      if (there < at + L::kLanes) s = L::first(s, there - at);  // -infinity behind the last key
-      if (kBias || there < at + L::kLanes) L::store(scores + at, s);
+      if constexpr (kTail) s = L::first(s, t.tail - at);  // -infinity behind the last key
+      if constexpr (kBias || kTail) L::store(scores + at, s);
       top = L::max(top, s);
     }
-  }
+  };
+  for (int p = 0; p < t.panels - 1; ++p) panel.template operator()<false>(p);
+  if (t.tail < kPanel)
+    panel.template operator()<true>(t.panels - 1);
+  else
+    panel.template operator()<false>(t.panels - 1);
   return L::top(top) * (kBias ? A(1) : t.factor[i]);
 }
 
@@ -60,34 +64,63 @@ inline void move_tops(RowState<A>& s, A* base) {
   }
 }
 
-// Writes the weights of row i; returns their sum, before they become integers, and adds the sum of these.
+template <typename L, bool kBias, typename A>
+inline typename L::V exponent(const A* scores, typename L::V factor, typename L::V minus) {
+  const auto s = L::load(scores);
+  return kBias ? s + minus : L::fma(s, factor, minus);
+}
+
+// Writes the weights of row i and returns their sum.
 template <typename L, Product W, bool kBias, bool kRelative, int Degree, typename A>
-inline A weights_of_row(const SoftmaxTile<A>& t, int i, A base, A& integers) {
-  const auto factor = L::set(t.factor[i]), minus = L::set(-base);
-  auto sum = L::set(0), codes = L::set(0);
+inline A weights_of_row(const SoftmaxTile<A>& t, int i, A base) {
+  const auto factor = L::set(t.factor[i]), minus = L::set(-base), one = L::set(1);
+  auto sum = L::set(0);
   auto* const words = static_cast<typename L::Word*>(t.weights) + i * weight_stride(W);
   for (int p = 0; p < t.panels; ++p) {
     const A* const scores = t.scores + (p * t.stride + i) * kPanel;
-#pragma GCC unroll 8
-    for (int at = 0; at < kPanel; at += L::kLanes) {
-      const auto s = L::load(scores + at);
-      auto w = exp2_of<Degree, L>(kBias ? s + minus : L::fma(s, factor, minus));
-      sum += w;
-      if constexpr (W == Product::int8) {
-        const auto code = L::fma(w, L::set(255.0f), L::set(0x1.8p23f));  // the code in its last bits
-        codes += code - L::set(0x1.8p23f);
-        L::store_codes(reinterpret_cast<uint8_t*>(words) + p * kPanel + at, code);
-        continue;
+    typename L::V w[kPanel / L::kLanes];
+#pragma GCC unroll 32
+    for (int n = 0; n < kPanel / L::kLanes; ++n) {
+      w[n] = exp2_of<Degree, L>(exponent<L, kBias>(scores + n * L::kLanes, factor, minus));
+      sum = L::fma(w[n], one, sum);  // FMA units idle, adders do not
+      if constexpr (kRelative) w[n] *= L::load(t.relative + t.panel_keys[p] + n * L::kLanes - i);
+      if constexpr (W != Product::bf16) L::store(reinterpret_cast<A*>(words) + p * kPanel + n * L::kLanes, w[n]);
+    }
+    if constexpr (W == Product::bf16) L::store_bf16(words + p * kPanel / 2, w[0], w[1]);
+  }
+  return L::total(sum);
+}
+
+// The same as integers: byte q of word w of 64 keys is that of key 16 q + w. `integers` becomes their sum;
+// returned is the sum of the weights before.
+template <typename L, bool kBias, int Degree>
+inline float codes_of_row(const SoftmaxTile<float>& t, int i, float base, float& integers) {
+  constexpr float kLog255 = 7.99435344f;
+  const auto factor = L::set(t.factor[i]), minus = L::set(kLog255 - base), one = L::set(1.0f);
+  auto sum = L::set(0);
+  auto codes = L::no_codes();
+  auto* const words = static_cast<uint32_t*>(t.weights) + i * weight_stride(Product::int8);
+  for (int p = 0; p < t.panels; p += 2) {
+    const float* const scores = t.scores + (p * t.stride + i) * kPanel;
+    const bool both = p + 1 < t.panels;
+#pragma GCC unroll 4
+    for (int w = 0; w < 16; w += L::kLanes) {
+      typename L::I bytes[4] = {};
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        if (q >= 2 && !both) break;
+        const int at = q / 2 * t.stride * kPanel + q % 2 * 16 + w;
+        const auto v = exp2_of<Degree, L>(exponent<L, kBias>(scores + at, factor, minus));
+        sum = L::fma(v, one, sum);
+        bytes[q] = (typename L::I)L::fma(v, one, L::set(0x1.8p23f));  // rounded, in the last byte
       }
-      if constexpr (kRelative) w *= L::load(t.relative + t.panel_keys[p] + at - i);
-      if constexpr (W == Product::bf16)
-        L::store_bf16(reinterpret_cast<uint16_t*>(words) + p * kPanel + at, w);
-      else
-        L::store(reinterpret_cast<A*>(words) + p * kPanel + at, w);
+      const typename L::I word = (bytes[0] & 255) | (bytes[1] & 255) << 8 | (bytes[2] & 255) << 16 | bytes[3] << 24;
+      L::add_codes(codes, word);
+      L::store_words(words + p * kPanel / 4 + w, word);
     }
   }
-  integers = W == Product::int8 ? L::total(codes) : A(0);
-  return L::total(sum);
+  integers = float(L::total_codes(codes));
+  return L::total(sum) * (1.0f / 255);
 }
 
 template <typename L, Product W, bool kBias, bool kRelative, typename A>
@@ -96,21 +129,24 @@ inline void softmax_rows(const SoftmaxTile<A>& t) {
   alignas(64) A base[kRowSlots];
   for (A& b : base) b = -std::numeric_limits<A>::infinity();
   for (int i = 0; i < t.rows; ++i) base[i] = top_of_row<L, kBias>(t, i);
-  move_tops<L, W == Product::int8, kDegree>(*t.state, base);
+  RowState<A>& s = *t.state;
+  move_tops<L, W == Product::int8, kDegree>(s, base);
   for (int i = 0; i < t.rows; ++i) {
-    RowState<A>& s = *t.state;
-    A integers;
-    const A sum = weights_of_row<L, W, kBias, kRelative, kDegree>(t, i, base[i], integers);
-    const A step = W == Product::int8 ? s.step[i] : A(1);
-    s.exact[i] = s.exact[i] * s.rescale[i] + sum * step;
-    s.sum[i] = W == Product::int8 ? s.sum[i] * s.rescale[i] + integers * step : s.exact[i];
+    if constexpr (W == Product::int8) {
+      float integers;
+      const float exact = codes_of_row<L, kBias, kDegree>(t, i, base[i], integers);
+      s.exact[i] = s.exact[i] * s.rescale[i] + exact * s.step[i];
+      s.sum[i] = s.sum[i] * s.rescale[i] + integers * s.step[i] + (exact - exact);  // NaN where there is one
+    } else {
+      const A sum = weights_of_row<L, W, kBias, kRelative, kDegree>(t, i, base[i]);
+      s.sum[i] = s.exact[i] = s.sum[i] * s.rescale[i] + sum;
+    }
   }
 }
 
 template <typename L, Product W, typename A> void softmax(const SoftmaxTile<A>& t) {
-  if (W != Product::int8 && t.relative) {  // integers go without
-    if (t.bias) return softmax_rows<L, W, true, W != Product::int8>(t);
-    return softmax_rows<L, W, false, W != Product::int8>(t);
+  if constexpr (W != Product::int8) {
+    if (t.relative) return t.bias ? softmax_rows<L, W, true, true>(t) : softmax_rows<L, W, false, true>(t);
   }
   t.bias ? softmax_rows<L, W, true, false>(t) : softmax_rows<L, W, false, false>(t);
 }

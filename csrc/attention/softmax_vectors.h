@@ -30,9 +30,17 @@ template <typename Floats, typename Integers> struct VectorLanes {
     return v;
   }
   static V if_equal(V a, V b, V then, V otherwise) { return a == b ? then : otherwise; }
-  static V times_power(V p, V shifted, V x) {
-    const V v = (V)((I)p + ((I)shifted << 23));
-    return x < set(-126.0f) ? V{} : v;
+  struct Parts {
+    V r, x, n;
+  };
+  static Parts split(V x) {
+    const V bounded = x < set(-126.0f) ? set(-126.0f) : x;  // NaN stays
+    const V shifted = (bounded - 0.5f) + set(0x1.8p23f);  // floor(x), or one less where x is an integer
+    return {bounded - (shifted - set(0x1.8p23f)), x, shifted};
+  }
+  static V times_power(V p, Parts parts) {
+    const V v = (V)((I)p + ((I)parts.n << 23));
+    return parts.x < set(-126.0f) ? V{} : v;
   }
   static float top(V v) {
     float top = v[0];
@@ -44,9 +52,15 @@ template <typename Floats, typename Integers> struct VectorLanes {
       for (int i = 0; i < half; ++i) v[i] += v[i + half];
     return v[0];
   }
-  static void store_codes(uint8_t* p, V code) {
-    const I bits = (I)code;
-    for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(bits[i]);
+  static void store_words(uint32_t* p, I v) { __builtin_memcpy(p, &v, sizeof(v)); }
+  static I no_codes() { return I{}; }
+  static void add_codes(I& sum, I words) {
+    sum += (words & 255) + (words >> 8 & 255) + (words >> 16 & 255) + (words >> 24 & 255);
+  }
+  static int32_t total_codes(I sum) {
+    int32_t total = 0;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    return total;
   }
 };
 

@@ -63,6 +63,21 @@ RFK_HD double one_plus_exp(double x) { return 1 + std::exp(x); }
 RFK_HD float exp_(float x) { return detail::exp_in_range(detail::clamp(x, -105.0f, 89.0f)); }
 RFK_HD double exp_(double x) { return std::exp(x); }
 
+// ln x within 2 ulp, for x that are no smaller than the least normal number.
+RFK_HD float log_(float x) {
+  constexpr uint32_t kLeast = 0x3f3504f3;  // sqrt(1/2): x = 2^n (1 + r), 1 + r from there to sqrt(2)
+  const uint32_t above = std::bit_cast<uint32_t>(x) - kLeast;
+  const float n = float(int32_t(above) >> 23);
+  const float r = std::bit_cast<float>((above & 0x7fffff) + kLeast) - 1, square = r * r;
+  // (ln(1 + r) - r + r^2/2) / r^3, to 7e-10 of ln(1 + r)
+  const float low = (0.3333331f - 0.24999987f * r) + square * (0.20002216f - 0.16669247f * r);
+  const float high = (0.14218834f - 0.12384488f * r) + square * (0.118719339f - 0.1178871f * r);
+  const float q = low + square * square * (high + square * square * 0.069162853f);
+  const float small = square * (r * q - 0.5f) + n * 0x1.7f7d1cp-20f;
+  return detail::select(x < INFINITY, (r + small) + n * 0x1.62e4p-1f, x);
+}
+RFK_HD double log_(double x) { return std::log(x); }
+
 // tanh within 3 ulp, as (e^2a - 1) / (e^2a + 1) of a = |x| with e^2a - 1 free of cancellation.
 RFK_HD float tanh_(float x) {
   const uint32_t sign = std::bit_cast<uint32_t>(x) & 0x80000000;

@@ -13,13 +13,16 @@ template <Into kInto, typename V, int Rows, int Vectors, typename A, int BColumn
 inline __attribute__((always_inline)) void register_tile(int64_t steps, const typename V::Word* a,
                                                          const typename V::Word* b, void* c, Scale scale,
                                                          int row) {
+  constexpr bool kByRow = kInto == Into::add_scaled_by_row;
   typename V::Vector sums[Rows][Vectors];
   auto* const whole = static_cast<typename V::Sum*>(c);
 #pragma GCC unroll 24
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j)
-      sums[i][j] = kInto == Into::add ? V::load(whole + i * BColumns + j * V::kLanes) : V::zero();
+      sums[i][j] = kInto == Into::add             ? V::load(whole + i * BColumns + j * V::kLanes)
+                   : kInto == Into::set || kByRow ? V::zero()
+                                                  : V::minus_offset(scale, j * V::kLanes);
   for (int64_t s = 0; s < steps; ++s, a += A::kStep, b += BColumns) {
     typename V::Operand w[Vectors];
 #pragma GCC unroll 4
@@ -31,7 +34,6 @@ inline __attribute__((always_inline)) void register_tile(int64_t steps, const ty
       for (int j = 0; j < Vectors; ++j) V::dot(sums[i][j], x, w[j]);
     }
   }
-  constexpr bool kByRow = kInto == Into::add_scaled_by_row;
   constexpr bool kScaled = kInto == Into::set_scaled || kInto == Into::add_scaled || kByRow;
   auto* const numbers = static_cast<typename V::Number*>(c);
 #pragma GCC unroll 24

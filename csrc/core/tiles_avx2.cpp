@@ -25,6 +25,7 @@ struct Float {
   static Vector load(const Sum* p) { return _mm256_loadu_ps(p); }
   static void store(Sum* p, Vector v) { _mm256_storeu_ps(p, v); }
   static Vector zero() { return _mm256_setzero_ps(); }
+  static Vector minus_offset(Scale, int) { return zero(); }
   static Operand operand(const Word* p) { return _mm256_loadu_ps(p); }
   static Vector broadcast(Word w) { return _mm256_set1_ps(w); }
   template <bool kAdd, bool kByRow>
@@ -43,10 +44,10 @@ struct Integer {
   static Vector load(const Sum* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(Sum* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static Vector zero() { return _mm256_setzero_si256(); }
+  static Vector minus_offset(Scale s, int column) { return _mm256_sub_epi32(zero(), load(s.offset + column)); }
   template <bool kAdd, bool kByRow>
   static void scale(Number* c, Vector sums, Scale s, int column, int row) {
-    const Vector exact = kByRow ? sums : _mm256_sub_epi32(sums, load(s.offset + column));
-    scale_into<kAdd, kByRow>(c, _mm256_cvtepi32_ps(exact), s, column, row);
+    scale_into<kAdd, kByRow>(c, _mm256_cvtepi32_ps(sums), s, column, row);
   }
 };
 

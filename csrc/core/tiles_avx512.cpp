@@ -26,12 +26,12 @@ struct Int8 {
   static Vector load(const Sum* p) { return _mm512_loadu_si512(p); }
   static void store(Sum* p, Vector v) { _mm512_storeu_si512(p, v); }
   static Vector zero() { return _mm512_setzero_si512(); }
+  static Vector minus_offset(Scale s, int column) { return _mm512_sub_epi32(zero(), load(s.offset + column)); }
   static Operand operand(const Word* p) { return _mm512_loadu_si512(p); }
   static Vector broadcast(Word w) { return _mm512_set1_epi32(w); }
   template <bool kAdd, bool kByRow>
   static void scale(Number* c, Vector sums, Scale s, int column, int row) {
-    const Vector exact = kByRow ? sums : _mm512_sub_epi32(sums, load(s.offset + column));
-    scale_into<kAdd, kByRow>(c, _mm512_cvtepi32_ps(exact), s, column, row);
+    scale_into<kAdd, kByRow>(c, _mm512_cvtepi32_ps(sums), s, column, row);
   }
   static constexpr int kPerWord = 4;
   static Vector weights(const char* p, int64_t left) {
@@ -55,6 +55,7 @@ struct Float {
   static Vector load(const Sum* p) { return _mm512_loadu_ps(p); }
   static void store(Sum* p, Vector v) { _mm512_storeu_ps(p, v); }
   static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector minus_offset(Scale, int) { return zero(); }
   static Operand operand(const Word* p) { return _mm512_loadu_ps(p); }
   static Vector broadcast(Word w) { return _mm512_set1_ps(w); }
   template <bool kAdd, bool kByRow>

@@ -12,6 +12,7 @@
 
 #include "activation/activation.h"
 #include "activation/activation_quantize.h"
+#include "attention/attention.h"
 #include "block.h"
 #include "core/check.h"
 #include "embedding/embedding.h"
@@ -180,6 +181,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "activation_quantize", &::activation_quantize);
   def(m, "ada_norm_backward", &ada_norm_backward);
   def(m, "affine_step", &affine_step_cuda);
+  def(m, "attention_merge", &attention_merge_cuda);
   def(m, "cfg_step", &cfg_step_cuda);
   def(m, "gated_activation", &gated_activation_cuda);
   def(m, "gated_activation_backward", &gated_activation_backward_cuda);

@@ -12,6 +12,7 @@ FUNCTIONS = {
     "tanh": (torch.tanh, (-1e3, 1e3), 2.5e-7),
     "sigmoid": (torch.sigmoid, (-87.0, 1e3), 2.5e-7),
     "cdf": (lambda x: 0.5 * torch.special.erfc(-x / 2**0.5), (-12.8, 1e3), 1e-6),
+    "log": (torch.log, (2.0**-126, 3e38), 1.5e-7),
     "density": (lambda x: torch.exp(-x * x / 2) / math.tau**0.5, (-13.0, 13.0), 3e-7),
 }
 
@@ -55,6 +56,7 @@ def test_double_function_is_the_librarys(emulated, name):
         ("tanh", {INF: 1.0, -INF: -1.0, 3e38: 1.0, -3e38: -1.0, 0.0: 0.0, 1e-40: 1e-40, -1e-45: -1e-45}),
         ("sigmoid", {INF: 1.0, -INF: 0.0, 3e38: 1.0, -3e38: 0.0, 0.0: 0.5}),
         ("cdf", {INF: 1.0, -INF: 0.0, 3e38: 1.0, -3e38: 0.0, 0.0: 0.5, -20.0: 0.0}),
+        ("log", {INF: INF, 1.0: 0.0}),
         ("density", {INF: 0.0, -INF: 0.0, 3e38: 0.0, -3e38: 0.0}),
     ],
 )

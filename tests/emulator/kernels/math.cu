@@ -10,7 +10,7 @@
 namespace rfk::test {
 namespace {
 
-constexpr const char* kFunctions[] = {"exp", "tanh", "sigmoid", "cdf", "density", "sine", "cosine"};
+constexpr const char* kFunctions[] = {"exp", "tanh", "sigmoid", "cdf", "density", "log", "sine", "cosine"};
 
 template <typename A> __global__ void math_kernel(A* y, const A* x, int64_t n, int function) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -21,9 +21,10 @@ template <typename A> __global__ void math_kernel(A* y, const A* x, int64_t n, i
     case 2: y[i] = sigmoid(x[i]); break;
     case 3: y[i] = normal(x[i]).cdf; break;
     case 4: y[i] = normal(x[i]).density; break;
+    case 5: y[i] = log_(x[i]); break;
     default:
       if constexpr (std::is_same_v<A, float>)
-        y[i] = function == 5 ? sin_cos(x[i]).sine : sin_cos(x[i]).cosine;
+        y[i] = function == 6 ? sin_cos(x[i]).sine : sin_cos(x[i]).cosine;
   }
 }
 
