@@ -156,6 +156,7 @@ class Waves {
     const TilePanels to = eight(p, tile);
     const PackFunctions pack = pack_functions(p_.eight.products);
     std::fill(to.scale, to.scale + kWeightKeys, 0.0f);
+    std::fill(to.statistics, to.statistics + 4, 0.0);  // of values that are no codes
     pack.values(p_.eight, to, values(p), tile * kWeightKeys, count, scratch.decoded);
     pack.keys(p_.eight, to, keys(p), tile * kWeightKeys, count, eight(p, 0).mean_sums, scratch.decoded);
   }

@@ -136,9 +136,21 @@ RFK_SIMD CodedRow code_row(int8_t* codes, const T* row, const float* mean, float
   return {largest / 127, given, total(squares), total(dot), kRow == Row::key ? total(sum) : 0};
 }
 
-// Decodes row i to numbers, zeros up to `padded`.
+template <typename D> RFK_SIMD bool is_finite_row(const D* row, int64_t n) {
+  int32_t bad = 0;
+#pragma omp simd reduction(| : bad)
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v = load(row[i]);
+    bad |= !(v - v == 0);
+  }
+  return !bad;
+}
+
+// Decodes row i to numbers, zeros up to `padded`. A token that is not finite becomes NaN as a whole, so that
+// an infinity cannot act as a mask.
 template <typename D> void decode_row(D* out, const Tokens& t, int64_t i, int64_t padded) {
   decode_any(out, t.row(i), t.dtype, t.d);
+  if (!is_finite_row(out, t.d)) std::fill(out, out + t.d, store<D>(acc_t<D>(kNan)));
   std::memset(static_cast<void*>(out + t.d), 0, (padded - t.d) * sizeof(D));
 }
 

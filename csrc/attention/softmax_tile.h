@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "attention/softmax.h"
@@ -64,6 +65,18 @@ template <typename L, bool kIntegers, int Degree, typename A> inline void move_t
   }
 }
 
+// Exponents so large that their rounding shows become differences from the row's top, which are exact.
+inline constexpr float kLargeExponent = 1 << 16;
+
+template <typename L, bool kBias, typename A> inline void take_top(const SoftmaxTile<A>& t, int i, A top) {
+  const auto factor = L::set(kBias ? A(1) : t.factor[i]), taken = L::set(top);
+  for (int p = 0; p < t.panels; ++p)
+    for (int at = 0; at < kPanel; at += L::kLanes) {
+      A* const scores = t.scores + (p * t.stride + i) * kPanel + at;
+      L::store(scores, L::load(scores) * factor - taken);
+    }
+}
+
 template <typename L, bool kBias, typename A>
 inline typename L::V exponent(const A* scores, typename L::V factor, typename L::V minus) {
   const auto s = L::load(scores);
@@ -72,8 +85,8 @@ inline typename L::V exponent(const A* scores, typename L::V factor, typename L:
 
 // Writes the weights of row i and returns their sum.
 template <typename L, Product W, bool kBias, bool kRelative, int Degree, typename A>
-inline A weights_of_row(const SoftmaxTile<A>& t, int i, A base) {
-  const auto factor = L::set(t.factor[i]), minus = L::set(-base), one = L::set(1);
+inline A weights_of_row(const SoftmaxTile<A>& t, int i, A by, A base) {
+  const auto factor = L::set(by), minus = L::set(-base), one = L::set(1);
   auto sum = L::set(0);
   auto* const words = static_cast<typename L::Word*>(t.weights) + i * weight_stride(W);
   for (int p = 0; p < t.panels; ++p) {
@@ -95,9 +108,9 @@ inline A weights_of_row(const SoftmaxTile<A>& t, int i, A base) {
 // The same as integers: byte q of word w of 64 keys is that of key 16 q + w. `integers` becomes their sum;
 // returned is the sum of the weights before.
 template <typename L, bool kBias, int Degree>
-inline float codes_of_row(const SoftmaxTile<float>& t, int i, float base, float& integers) {
+inline float codes_of_row(const SoftmaxTile<float>& t, int i, float by, float base, float& integers) {
   constexpr float kLog255 = 7.99435344f;
-  const auto factor = L::set(t.factor[i]), minus = L::set(kLog255 - base), one = L::set(1.0f);
+  const auto factor = L::set(by), minus = L::set(kLog255 - base), one = L::set(1.0f);
   auto sum = L::set(0);
   auto codes = L::no_codes();
   auto* const words = static_cast<uint32_t*>(t.weights) + i * weight_stride(Product::int8);
@@ -134,13 +147,18 @@ inline void softmax_rows(const SoftmaxTile<A>& t) {
   RowState<A>& s = *t.state;
   move_tops<L, W == Product::int8, kDegree>(s, base);
   for (int i = 0; i < t.rows; ++i) {
+    A by = t.factor[i];
+    if (std::fabs(base[i]) >= kLargeExponent) {
+      take_top<L, kBias>(t, i, base[i]);
+      by = 1, base[i] = 0;
+    }
     if constexpr (W == Product::int8) {
       float integers;
-      const float exact = codes_of_row<L, kBias, kDegree>(t, i, base[i], integers);
+      const float exact = codes_of_row<L, kBias, kDegree>(t, i, by, base[i], integers);
       s.exact[i] = s.exact[i] * s.rescale[i] + exact * s.step[i];
       s.sum[i] = s.sum[i] * s.rescale[i] + integers * s.step[i] + (exact - exact);  // NaN where there is one
     } else {
-      const A sum = weights_of_row<L, W, kBias, kRelative, kDegree>(t, i, base[i]);
+      const A sum = weights_of_row<L, W, kBias, kRelative, kDegree>(t, i, by, base[i]);
       s.sum[i] = s.exact[i] = s.sum[i] * s.rescale[i] + sum;
     }
   }

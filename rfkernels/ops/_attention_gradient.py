@@ -12,6 +12,7 @@ eight-bit forward pass has this gradient too, straight through its rounding, wit
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from rfkernels.ops._attention_parts import hidden_keys, shifted, source_samples, toeplitz
 from rfkernels.ops._register import accumulator
@@ -23,7 +24,7 @@ def attention_backward(grads, needs, out, lse, q, k, v, *others):
     """One gradient, or None, per argument of the op."""
     q_starts, k_starts = others[3:5]
     result = [None] * (3 + len(others))
-    if q_starts is None:
+    if q_starts is None or is_fake(q_starts):  # where a graph is traced, lengths are unknown: by a mask
         _accumulate(result, grads, needs, out, lse, q, k, v, others)
         return tuple(result)
     grads = tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, (out, lse), strict=True))
@@ -45,8 +46,8 @@ def attention_backward(grads, needs, out, lse, q, k, v, *others):
 
 
 def _accumulate(result, grads, needs, out, lse, q, k, v, others) -> None:
-    """Fills in the gradients of a call without packed sequences."""
-    bias, factor, key_lengths, _, _, block_mask, head_shift, _, scale, frames, _ = others
+    """Fills in the gradients of a call; packed sequences are told apart by a mask."""
+    bias, factor, key_lengths, q_starts, k_starts, block_mask, head_shift, _, scale, frames, _ = others
     wide, group = accumulator(q.dtype), q.shape[1] // k.shape[1]
     batch, heads, rows, _ = q.shape
     keys = k.shape[2]
@@ -56,7 +57,7 @@ def _accumulate(result, grads, needs, out, lse, q, k, v, others) -> None:
     dq = torch.empty(q.shape, dtype=wide, device=q.device)
     dbias = None if bias is None or not needs[3] else torch.zeros(bias.shape, dtype=wide, device=q.device)
     dfactor = torch.zeros_like(factor) if needs[4] else None
-    hidden = hidden_keys(q, keys, key_lengths, None, None, block_mask, head_shift, frames)
+    hidden = hidden_keys(q, keys, key_lengths, q_starts, k_starts, block_mask, head_shift, frames)
     step = max(1, _MOST_SCORES // max(1, batch * heads * keys))
     for i in range(0, rows, step):
         at = slice(i, min(i + step, rows))
