@@ -1,0 +1,364 @@
+#pragma once
+
+#include "attention/copy.cuh"
+#include "attention/softmax.cuh"
+#include "core/launch.cuh"
+
+// Attention on tensor cores. A block has 4 warps, each with 16 or 32 rows of Q and all keys; tiles of 64 keys
+// of K and of V pass by turns through a ring of slots in shared memory.
+
+namespace rfk {
+
+template <typename Kind, int D> struct KernelTile {
+  static constexpr AttentionTile kTile = attention_tile(D, Kind::kScoreBytes, Kind::kValueBytes);
+  static_assert(kTile.d == D && kTile.shared() <= kMostShared);
+  static constexpr int kPieces = kTile.pieces, kKeys = kTile.keys, kThreads = 32 * kWarps, kSlots = kTile.slots;
+  using Outputs = float[kPieces][D / 8][4];
+};
+
+// scores = Q K^T of the warp's rows; of codes they are times the scale of their key
+template <typename Kind, int D, int Keys, int Pieces>
+__device__ __forceinline__ void multiply_keys(Scores<Pieces, Keys>& s, const uint8_t* q, const uint8_t* slot) {
+  constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
+  constexpr bool kCoded = Kind::kScoreBytes == 1;
+  using Sum = std::conditional_t<kCoded, int32_t, float>;
+  const int lane = int(threadIdx.x) % 32;
+  constexpr bool kExchanged = kTile.q_pitch % 128 == 0;
+  const uint8_t* const a_row = q + lane % 16 * kTile.q_pitch;
+  const int a_piece = lane / 16 ^ (kExchanged ? lane % 8 : 0);
+  const uint8_t* const b_row = slot + (lane % 8 + lane / 16 * 8) * kTile.score_pitch + lane / 8 % 2 * 16;
+  Sum sums[Pieces][Keys / 8][4];
+#pragma unroll
+  for (int j = 0; j < Keys / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4 * Pieces; ++i) sums[i / 4][j][i % 4] = kCoded ? kMagicBits : 0;
+#pragma unroll
+  for (int step = 0; step < D * Kind::kScoreBytes / 32; ++step) {
+    uint32_t a[Pieces][4];
+#pragma unroll
+    for (int i = 0; i < Pieces; ++i)
+      ldmatrix_x4(a[i], a_row + 16 * i * kTile.q_pitch + 16 * (kExchanged ? a_piece ^ 2 * step : a_piece + 2 * step));
+#pragma unroll
+    for (int j = 0; j < Keys / 8; j += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, b_row + 8 * j * kTile.score_pitch + 32 * step);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint32_t keys[2] = {b[2 * n], b[2 * n + 1]};
+#pragma unroll
+        for (int i = 0; i < Pieces; ++i) {
+          if constexpr (kCoded)
+            mma_s8(sums[i][j + n], a[i], keys, sums[i][j + n]);
+          else
+            mma_16<typename Kind::Element>(sums[i][j + n], a[i], keys);
+        }
+      }
+    }
+  }
+  const float2* const scales = reinterpret_cast<const float2*>(slot + kTile.scales) + lane % 4;
+#pragma unroll
+  for (int j = 0; j < Keys / 8; ++j) {
+    float2 scale = {1, 1};
+    if constexpr (kCoded) scale = scales[4 * j];
+#pragma unroll
+    for (int i = 0; i < 4 * Pieces; ++i) {
+      if constexpr (kCoded)
+        s[i / 4][j][i % 4] = without_magic(sums[i / 4][j][i % 4]) * (i % 2 ? scale.y : scale.x);
+      else
+        s[i / 4][j][i % 4] = sums[i / 4][j][i % 4];
+    }
+  }
+}
+
+// o += P V, weights and values of 16 bits
+template <typename Kind, int D, int Keys, int Pieces>
+__device__ __forceinline__ void multiply_values(float (&o)[Pieces][D / 8][4], const Weights<Kind, Keys> (&p)[Pieces],
+                                                const uint8_t* slot) {
+  constexpr int kPitch = KernelTile<Kind, D>::kTile.value_pitch;
+  const int lane = int(threadIdx.x) % 32;
+  const uint8_t* const row = slot + lane % 16 * kPitch + lane / 16 * 16;
+#pragma unroll
+  for (int step = 0; step < Keys / 16; ++step)
+#pragma unroll
+    for (int c = 0; c < D / 8; c += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, row + 16 * step * kPitch + 16 * c);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint32_t channels[2] = {b[2 * n], b[2 * n + 1]};
+#pragma unroll
+        for (int i = 0; i < Pieces; ++i) mma_16<typename Kind::Element>(o[i][c + n], p[i][step], channels);
+      }
+    }
+}
+
+// The same of eight bits: the sum of a tile is exact, or in the tensor core's own precision, before it is
+// scaled and added.
+template <typename Kind, int D, int Pieces>
+__device__ __forceinline__ void multiply_codes(float (&o)[Pieces][D / 8][4], const Weights<Kind, 64> (&p)[Pieces],
+                                               const uint8_t* slot, const Rescale<Pieces>& rescale) {
+  constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
+  constexpr bool kInt8 = Kind::kValues == Values::int8;
+  using Sum = std::conditional_t<kInt8, int32_t, float>;
+  const int lane = int(threadIdx.x) % 32;
+  const uint8_t* const row = slot + lane % 8 * kTile.value_pitch + lane / 8 * 16;
+  const float2* const scales = reinterpret_cast<const float2*>(slot + kTile.scales) + lane % 4;
+#pragma unroll
+  for (int c = 0; c < D / 8; ++c) {
+    uint32_t b[4];
+    ldmatrix_x4(b, row + 8 * c * kTile.value_pitch);
+    const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+    const float2 scale = scales[4 * c];
+#pragma unroll
+    for (int i = 0; i < Pieces; ++i) {
+      constexpr Sum kZero = kInt8 ? kMagicBits : 0;
+      Sum sum[4] = {kZero, kZero, kZero, kZero};
+      if constexpr (kInt8) {
+        mma_u8s8(sum, p[i][0], first, sum);
+        mma_u8s8(sum, p[i][1], second, sum);
+      } else {
+        mma_e4m3(sum, p[i][0], first, sum);
+        mma_e4m3(sum, p[i][1], second, sum);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float of_channel = e % 2 ? scale.y : scale.x;
+        if constexpr (kInt8)
+          o[i][c][e] =
+              std::fma(without_magic(sum[e]) * of_channel, rescale.added[i][e / 2], o[i][c][e]);
+        else
+          o[i][c][e] = std::fma(sum[e], of_channel, o[i][c][e]);
+      }
+    }
+  }
+}
+
+// Copies tiles of K and V of one head into slots.
+template <typename Kind, int D> struct TileCopy {
+  static constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
+  static constexpr int kThreads = KernelTile<Kind, D>::kThreads;
+  const AttentionArgs& args;
+  const Work& w;
+
+  __device__ const uint8_t* from(const Tokens& t, int token, int bytes) const {
+    return static_cast<const uint8_t*>(t.data) + t.at(w.key_sample, w.kv_head, token) * bytes;
+  }
+  // Numbers of four bytes beside a tile, by pieces of 16; the memory has whole pieces
+  __device__ static void scales(uint8_t* slot, const float* numbers, int count) {
+    for (int i = 4 * int(threadIdx.x); i < count; i += 4 * kThreads)
+      cp_async<16>(slot + kTile.scales + 4 * i, numbers + i);
+  }
+
+  __device__ void keys(uint8_t* slot, int tile) const {
+    const int first = tile * kTile.keys, token = w.first_key + first, count = w.keys - first;
+    constexpr int kBytes = Kind::kScoreBytes;
+    using Element = std::conditional_t<kBytes == 1, uint8_t, uint16_t>;
+    copy_rows<kTile.keys, D * kBytes, kTile.score_pitch, kThreads, Element>(
+        slot, from(args.k, token, kBytes), args.k.token * kBytes, (kBytes == 1 ? D : args.d) * kBytes, count,
+        args.pieces);
+    if constexpr (kBytes == 1)
+      scales(slot,
+             args.eight.k_scale + ((args.key_tiles(64).first(w.source) + first / 64) * args.kv_heads + w.kv_head) * 64 + first % 64,
+             kTile.keys);
+  }
+
+  __device__ void values(uint8_t* slot, int tile) const {
+    const int first = tile * kTile.keys;
+    if constexpr (Kind::kValueBytes == 2) {
+      copy_rows<kTile.keys, 2 * D, kTile.value_pitch, kThreads>(slot, from(args.v, w.first_key + first, 2),
+                                                               2 * args.v.token, 2 * args.d, w.keys - first,
+                                                               args.v_pieces);
+    } else {
+      const int64_t at =
+          ((args.key_tiles(64).first(w.source) + tile) * args.kv_heads + w.kv_head) * D;
+      copy_rows<D, kTile.keys, kTile.value_pitch, kThreads, uint8_t>(slot, args.eight.v_codes + at * kTile.keys,
+                                                                   kTile.keys, kTile.keys, D, true);
+      scales(slot, args.eight.v_scale + at, D);
+    }
+  }
+};
+
+template <typename T, int D, int Pieces>
+__device__ __forceinline__ void store_rows(const float (&o)[Pieces][D / 8][4], const OfRows<Pieces>& inverse,
+                                           const AttentionArgs& args, const Work& w, int warp_row) {
+  for_rows<Pieces>([&](int i, int h, int row) {
+    if (warp_row + row >= w.rows) return;
+    T* const to = out_of<T>(args, w, warp_row + row);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      const int c = 8 * j + 2 * (int(threadIdx.x) % 4);
+      const float x = o[i][j][2 * h] * inverse[i][h], y = o[i][j][2 * h + 1] * inverse[i][h];
+      if (c < args.d && args.out_pairs) {
+        struct alignas(2 * sizeof(T)) Pair {
+          T x, y;
+        };
+        *reinterpret_cast<Pair*>(to + c) = {store<T>(x), store<T>(y)};
+      } else {
+        if (c < args.d) to[c] = store<T>(x);
+        if (c + 1 < args.d) to[c + 1] = store<T>(y);
+      }
+    }
+  });
+}
+
+// f.operator()<T>() with the type of the result of a kind: its own in 16 bits, any for codes.
+template <typename Kind, typename F>
+__device__ __forceinline__ void dispatch_result(const AttentionArgs& args, F f) {
+  if constexpr (Kind::kScoreBytes == 2)
+    f.template operator()<typename Kind::Element>();
+  else if (args.dtype == DType::f32)
+    f.template operator()<float>();
+  else if (args.dtype == DType::bf16)
+    f.template operator()<bf16>();
+  else
+    f.template operator()<f16>();
+}
+
+template <typename Kind, int D, int Pieces>
+__device__ __forceinline__ void finish_rows(const float (&o)[Pieces][D / 8][4], RowSums<Pieces>& rows,
+                                            const AttentionArgs& args, const Work& w, int warp_row) {
+  constexpr float kLn2 = 0.6931471805599453f, kLnTop = Kind::kTop == 255   ? 5.541263545158426f
+                                                       : Kind::kTop == 448 ? 6.104793232414985f
+                                                                           : 0.0f;
+  OfRows<Pieces> inverse;
+  for_rows<Pieces>([&](int i, int h, int row) {
+    const float sum = sum_of_quad(rows.sum[i][h]);
+    inverse[i][h] = sum == 0 ? 0.0f : 1 / sum;
+    if (threadIdx.x % 4 == 0 && warp_row + row < w.rows)
+      lse_of<float>(args, w)[warp_row + row] =
+          sum == 0 ? -INFINITY : std::fma(rows.top[i][h], kLn2, std::log(sum) - kLnTop);
+  });
+  dispatch_result<Kind>(args, [&]<typename T>() { store_rows<T, D, Pieces>(o, inverse, args, w, warp_row); });
+}
+
+// What one warp keeps from tile to tile.
+template <typename Kind, int D> struct WarpRows {
+  static constexpr int kPieces = KernelTile<Kind, D>::kPieces, kKeys = KernelTile<Kind, D>::kKeys;
+  const AttentionArgs& args;
+  const Work& w;
+  const int row;  // of the warp in the tile
+  typename KernelTile<Kind, D>::Outputs o = {};
+  RowSums<kPieces> rows;
+  OfRows<kPieces> unit;  // of scores as they come from the product
+  Weights<Kind, kKeys> p[kPieces];
+  Rescale<kPieces> rescale;
+
+  __device__ WarpRows(const AttentionArgs& args, const Work& w)
+      : args(args), w(w), row(int(threadIdx.x) / 32 * 16 * kPieces) {
+    for_rows<kPieces>([&](int i, int h, int r) {
+      unit[i][h] = args.unit;
+      if constexpr (Kind::kScoreBytes == 1)
+        unit[i][h] *= args.eight.q_scale[(int64_t(w.sample) * args.heads + w.head) * args.rows + w.first_row +
+                                         std::min(row + r, w.rows - 1)];
+    });
+  }
+  __device__ bool has_rows() const { return row < w.rows; }
+
+  __device__ void weigh(const uint8_t* q, const uint8_t* slot, int tile) {
+    Scores<kPieces, kKeys> s;
+    multiply_keys<Kind, D, kKeys, kPieces>(s, q + row * KernelTile<Kind, D>::kTile.q_pitch, slot);
+    OfRows<kPieces> late;
+    const bool scales_late = args.scales_late();
+    for_rows<kPieces>([&](int i, int h, int) { late[i][h] = scales_late ? unit[i][h] : 1.0f; });
+    if (!scales_late) scale_scores<kKeys, kPieces>(s, unit, args, w, row, tile);
+    if (w.keys < (tile + 1) * kKeys) hide_keys<kKeys, kPieces>(s, w.keys - tile * kKeys);
+    exponentiate<Kind, kKeys, kPieces>(s, late, rows, rescale);
+    if constexpr (Kind::kValues == Values::sixteen)
+      if (args.factor) multiply_factor<kKeys, kPieces>(s, args, w, row, tile);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) pack_weights<Kind, kKeys>(p[i], s[i]);
+    rescale_outputs();
+  }
+
+  __device__ void rescale_outputs() {
+    bool same = true;
+    for_rows<kPieces>([&](int i, int h, int) { same &= rescale.old[i][h] == 1; });
+    if (__all_sync(0xffffffffu, same)) return;
+    for_rows<kPieces>([&](int i, int h, int) {
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) o[i][j][2 * h] *= rescale.old[i][h], o[i][j][2 * h + 1] *= rescale.old[i][h];
+    });
+  }
+
+  __device__ void add_values(const uint8_t* slot) {
+    if constexpr (Kind::kValues == Values::sixteen)
+      multiply_values<Kind, D, kKeys, kPieces>(o, p, slot);
+    else
+      multiply_codes<Kind, D, kPieces>(o, p, slot, rescale);
+  }
+};
+
+template <typename Kind, int D>
+__global__ void __launch_bounds__(KernelTile<Kind, D>::kThreads, 2) attention_kernel(AttentionArgs args) {
+  using K = KernelTile<Kind, D>;
+  constexpr AttentionTile kTile = K::kTile;
+  if constexpr (Kind::kRuns) {
+    const Work w = find_work<kTile.rows()>(args);
+    if (!w.valid) return dispatch_result<Kind>(args, [&]<typename T>() { fill_with_nan<T>(args, w); });
+    if (w.rows <= 0 || is_of_another_kernel(args, w)) return;
+
+    uint8_t *const q = dynamic_shared<uint8_t>(), *const ring = q + kTile.q_bytes;
+    const KeyTiles<kTile.keys> tiles(args, w);
+    const TileCopy<Kind, D> copy{args, w};
+    const auto slot_after = [](int slot, int steps) { return (slot + steps) % K::kSlots; };
+    const auto memory = [&](int slot) { return ring + slot * kTile.slot_bytes; };
+
+    int tile = tiles.from(0), slot = 0;
+    if (tile < tiles.count) {
+      copy_rows<kTile.rows(), D * Kind::kScoreBytes, kTile.q_pitch, K::kThreads,
+                std::conditional_t<Kind::kScoreBytes == 1, uint8_t, uint16_t>>(
+          q, static_cast<const uint8_t*>(args.q.data) + args.q.at(w.sample, w.head, w.first_row) * Kind::kScoreBytes,
+          args.q.token * Kind::kScoreBytes, (Kind::kScoreBytes == 1 ? D : args.d) * Kind::kScoreBytes, w.rows,
+          args.pieces);
+      copy.keys(memory(0), tile);
+      cp_async_commit();
+      if (K::kSlots == 3) copy.values(memory(1), tile);
+      if (K::kSlots == 3) cp_async_commit();
+    }
+    WarpRows<Kind, D> warp(args, w);
+#pragma unroll 1
+    while (tile < tiles.count) {
+      const int next = tiles.from(tile + 1);
+      const bool more = next < tiles.count;
+      cp_async_wait<K::kSlots - 2>();
+      __syncthreads();  // K is there, and the slot written next has been read by all; so below with V
+      if (K::kSlots == 2)
+        copy.values(memory(slot_after(slot, 1)), tile);
+      else if (more)
+        copy.keys(memory(slot_after(slot, 2)), next);
+      cp_async_commit();
+      if (warp.has_rows()) warp.weigh(q, memory(slot), tile);
+      slot = slot_after(slot, 1);
+
+      cp_async_wait<K::kSlots - 2>();
+      __syncthreads();
+      if (more)
+        K::kSlots == 2 ? copy.keys(memory(slot_after(slot, 1)), next)
+                       : copy.values(memory(slot_after(slot, 2)), next);
+      cp_async_commit();
+      if (warp.has_rows()) warp.add_values(memory(slot));
+      slot = slot_after(slot, 1);
+      tile = next;
+    }
+    cp_async_wait<0>();
+    if (warp.has_rows()) finish_rows<Kind, D, K::kPieces>(warp.o, warp.rows, args, w, warp.row);
+  }
+}
+
+template <typename Kind> void launch_attention(Stream stream, const AttentionArgs& args) {
+  const auto run = [&]<int D>() {
+    constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
+    launch("attention", attention_kernel<Kind, D>, attention_grid(args, kTile.rows()),
+           dim3(KernelTile<Kind, D>::kThreads), kTile.shared(), cudaStream_t(stream), args);
+  };
+  switch (padded_head(args.d, Kind::kScoreBytes)) {
+    case 64: return run.template operator()<64>();
+    case 80:
+      if constexpr (Kind::kScoreBytes == 2) return run.template operator()<80>();
+    case 96: return run.template operator()<96>();
+    case 128: return run.template operator()<128>();
+    default: return run.template operator()<256>();
+  }
+}
+
+}  // namespace rfk

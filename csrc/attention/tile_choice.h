@@ -1,0 +1,57 @@
+#pragma once
+
+#include <algorithm>
+
+// What a block of the tensor-core kernels computes: one pure function of the head and of the bytes of an
+// element of the two products.
+
+namespace rfk {
+
+inline constexpr int kWarps = 4;
+inline constexpr int kMostShared = 99 << 10;  // of a block on sm_86, 89 and 120
+
+// The head dimension in shared memory and registers, zeros at its end. Products of 16 bits take 16 channels
+// at a time, of eight 32.
+constexpr int padded_head(int d, int score_bytes) {
+  for (int padded : {64, 80, 96, 128})
+    if (d <= padded && padded * score_bytes % 32 == 0) return padded;
+  return 256;
+}
+
+struct AttentionTile {
+  int d;       // padded
+  int pieces;  // of 16 rows, of a warp
+  int keys;    // of a tile of K or V
+  int slots;   // of the ring through which tiles of K and of V pass by turns
+  // In shared memory: bytes from row to row of Q, of K, and of a tile of V; its rows are keys, or channels
+  // where codes lie transposed. Rows are an odd number of 16 bytes apart, so that eight of them meet no two
+  // banks; those of Q may be close together instead, with their pieces exchanged (copy_rows).
+  int q_pitch, score_pitch, value_rows, value_pitch;
+  int scales;  // where the scales of a tile begin in its slot
+  int slot_bytes, q_bytes;
+
+  constexpr int rows() const { return 16 * pieces * kWarps; }
+  constexpr int shared() const { return q_bytes + slots * slot_bytes; }
+};
+
+constexpr AttentionTile attention_tile(int head, int score_bytes, int value_bytes) {
+  AttentionTile t{};
+  t.d = padded_head(head, score_bytes);
+  // Two pieces halve the traffic of K and V out of shared memory, which bounds tensor cores as much as
+  // their own speed; the sums of 256 channels leave no registers for the second.
+  t.pieces = t.d <= 128 ? 2 : 1;
+  // Tiles of 32 keys leave registers for the loads of bias and factor, and room for two blocks in 100 KiB.
+  t.keys = value_bytes == 2 && (t.d == 96 || t.d == 128) ? 32 : 64;
+  t.q_pitch = t.d * score_bytes + (t.d * score_bytes % 128 ? 16 : 0);
+  t.score_pitch = t.d * score_bytes + 16;
+  t.value_rows = value_bytes == 2 ? t.keys : t.d;
+  t.value_pitch = (value_bytes == 2 ? 2 * t.d : t.keys) + 16;
+  t.scales = std::max(t.keys * t.score_pitch, t.value_rows * t.value_pitch);
+  t.slot_bytes = t.scales + (score_bytes == 1 ? 4 * std::max(t.keys, t.d) : 0);
+  t.q_bytes = t.rows() * t.q_pitch;
+  // A third slot where two blocks still share the 100 KiB of a multiprocessor of sm_86.
+  t.slots = 2 * (t.q_bytes + 3 * t.slot_bytes + 1024) <= 100 << 10 ? 3 : 2;
+  return t;
+}
+
+}  // namespace rfk
