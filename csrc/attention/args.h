@@ -7,6 +7,8 @@
 
 namespace rfk {
 
+inline constexpr int kCodeTile = 64;  // tokens that are encoded together: keys of one scale of a channel of v
+
 // [batch, heads, tokens, d], strides in elements.
 struct Tokens {
   void* data = nullptr;
@@ -66,9 +68,10 @@ struct Span {
 
 // What eight bits need beside the codes, which are `q`, `k` and `v` of the kernels that multiply them.
 struct EightBits {
-  float *q_scale = nullptr, *k_scale = nullptr;  // [batch, heads, tokens]
-  float* v_scale = nullptr;                      // [tile, kv_heads, padded d]
-  uint8_t* v_codes = nullptr;                    // [tile, kv_heads, padded d, 64 keys in the order of an mma]
+  float *q_scale = nullptr, *q_mean = nullptr;  // [batch, heads, rows]; q_mean: scale q (mean of the keys)
+  float* k_scale = nullptr;                     // [tile, kv_heads, 64]
+  float* v_scale = nullptr;                     // [tile, kv_heads, padded d]
+  uint8_t* v_codes = nullptr;                   // [tile, kv_heads, padded d, 64 keys in the order of an mma]
 };
 
 struct AttentionArgs {
@@ -78,7 +81,7 @@ struct AttentionArgs {
   float unit;   // of scores, in base 2: scale log2(e)
   DType dtype;  // of the result
   Tokens q, k, v, out;
-  bool pieces;   // q, k and v may be read by 16 bytes
+  bool pieces;  // q, k and v may be read by 16 bytes
   bool v_pieces;
   bool out_pairs;  // two elements of the result may be written at once
   void* lse;

@@ -12,36 +12,38 @@ namespace rfk {
 template <typename Kind, int D> struct KernelTile {
   static constexpr AttentionTile kTile = attention_tile(D, Kind::kScoreBytes, Kind::kValueBytes);
   static_assert(kTile.d == D && kTile.shared() <= kMostShared);
-  static constexpr int kPieces = kTile.pieces, kKeys = kTile.keys, kThreads = 32 * kWarps, kSlots = kTile.slots;
+  static constexpr int kPieces = kTile.pieces, kKeys = kTile.keys, kThreads = 32 * kWarps,
+                       kSlots = kTile.slots;
   using Outputs = float[kPieces][D / 8][4];
 };
 
 // scores = Q K^T of the warp's rows; of codes they are times the scale of their key
 template <typename Kind, int D, int Keys, int Pieces>
-__device__ __forceinline__ void multiply_keys(Scores<Pieces, Keys>& s, const uint8_t* q, const uint8_t* slot) {
+__device__ __forceinline__ void multiply_keys(Scores<Pieces, Keys>& s, const uint8_t* q,
+                                              const uint8_t* slot) {
   constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
   constexpr bool kCoded = Kind::kScoreBytes == 1;
   using Sum = std::conditional_t<kCoded, int32_t, float>;
-  const int lane = int(threadIdx.x) % 32;
-  constexpr bool kExchanged = kTile.q_pitch % 128 == 0;
-  const uint8_t* const a_row = q + lane % 16 * kTile.q_pitch;
-  const int a_piece = lane / 16 ^ (kExchanged ? lane % 8 : 0);
-  const uint8_t* const b_row = slot + (lane % 8 + lane / 16 * 8) * kTile.score_pitch + lane / 8 % 2 * 16;
+  const int lane = opaque(int(threadIdx.x)) % 32;
+  constexpr int kPitch = kTile.score_pitch;
+  const uint8_t* const a_row = q + lane % 16 * kPitch;
+  const uint8_t* const b_row = slot + (lane % 8 + lane / 16 * 8) * kPitch;
   Sum sums[Pieces][Keys / 8][4];
 #pragma unroll
   for (int j = 0; j < Keys / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 4 * Pieces; ++i) sums[i / 4][j][i % 4] = kCoded ? kMagicBits : 0;
-#pragma unroll
+  // Codes leave no registers for more than a step at a time.
+#pragma unroll(kCoded ? 1 : 16)
   for (int step = 0; step < D * Kind::kScoreBytes / 32; ++step) {
     uint32_t a[Pieces][4];
 #pragma unroll
     for (int i = 0; i < Pieces; ++i)
-      ldmatrix_x4(a[i], a_row + 16 * i * kTile.q_pitch + 16 * (kExchanged ? a_piece ^ 2 * step : a_piece + 2 * step));
+      ldmatrix_x4(a[i], a_row + 16 * i * kPitch + piece_of_row<kPitch>(lane, 2 * step + lane / 16));
 #pragma unroll
     for (int j = 0; j < Keys / 8; j += 2) {
       uint32_t b[4];
-      ldmatrix_x4(b, b_row + 8 * j * kTile.score_pitch + 32 * step);
+      ldmatrix_x4(b, b_row + 8 * j * kPitch + piece_of_row<kPitch>(lane, 2 * step + lane / 8 % 2));
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const uint32_t keys[2] = {b[2 * n], b[2 * n + 1]};
@@ -72,17 +74,17 @@ __device__ __forceinline__ void multiply_keys(Scores<Pieces, Keys>& s, const uin
 
 // o += P V, weights and values of 16 bits
 template <typename Kind, int D, int Keys, int Pieces>
-__device__ __forceinline__ void multiply_values(float (&o)[Pieces][D / 8][4], const Weights<Kind, Keys> (&p)[Pieces],
-                                                const uint8_t* slot) {
+__device__ __forceinline__ void multiply_values(float (&o)[Pieces][D / 8][4],
+                                                const Weights<Kind, Keys> (&p)[Pieces], const uint8_t* slot) {
   constexpr int kPitch = KernelTile<Kind, D>::kTile.value_pitch;
-  const int lane = int(threadIdx.x) % 32;
-  const uint8_t* const row = slot + lane % 16 * kPitch + lane / 16 * 16;
+  const int lane = opaque(int(threadIdx.x)) % 32;
+  const uint8_t* const row = slot + lane % 16 * kPitch;
 #pragma unroll
   for (int step = 0; step < Keys / 16; ++step)
 #pragma unroll
     for (int c = 0; c < D / 8; c += 2) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, row + 16 * step * kPitch + 16 * c);
+      ldmatrix_x4_trans(b, row + 16 * step * kPitch + piece_of_row<kPitch>(lane, c + lane / 16));
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const uint32_t channels[2] = {b[2 * n], b[2 * n + 1]};
@@ -95,18 +97,20 @@ __device__ __forceinline__ void multiply_values(float (&o)[Pieces][D / 8][4], co
 // The same of eight bits: the sum of a tile is exact, or in the tensor core's own precision, before it is
 // scaled and added.
 template <typename Kind, int D, int Pieces>
-__device__ __forceinline__ void multiply_codes(float (&o)[Pieces][D / 8][4], const Weights<Kind, 64> (&p)[Pieces],
-                                               const uint8_t* slot, const Rescale<Pieces>& rescale) {
+__device__ __forceinline__ void multiply_codes(float (&o)[Pieces][D / 8][4],
+                                               const Weights<Kind, 64> (&p)[Pieces], const uint8_t* slot,
+                                               const OfRows<Pieces>& added) {
   constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
   constexpr bool kInt8 = Kind::kValues == Values::int8;
   using Sum = std::conditional_t<kInt8, int32_t, float>;
-  const int lane = int(threadIdx.x) % 32;
+  const int lane = opaque(int(threadIdx.x)) % 32;
   const uint8_t* const row = slot + lane % 8 * kTile.value_pitch + lane / 8 * 16;
   const float2* const scales = reinterpret_cast<const float2*>(slot + kTile.scales) + lane % 4;
 #pragma unroll
   for (int c = 0; c < D / 8; ++c) {
     uint32_t b[4];
-    ldmatrix_x4(b, row + 8 * c * kTile.value_pitch);
+    if (c % 2 == 0) __syncwarp();  // keeps the compiler from having more products under way than registers
+    ldmatrix_x4(b, opaque(row + 8 * c * kTile.value_pitch));
     const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
     const float2 scale = scales[4 * c];
 #pragma unroll
@@ -124,8 +128,7 @@ __device__ __forceinline__ void multiply_codes(float (&o)[Pieces][D / 8][4], con
       for (int e = 0; e < 4; ++e) {
         const float of_channel = e % 2 ? scale.y : scale.x;
         if constexpr (kInt8)
-          o[i][c][e] =
-              std::fma(without_magic(sum[e]) * of_channel, rescale.added[i][e / 2], o[i][c][e]);
+          o[i][c][e] = std::fma(without_magic(sum[e]) * of_channel, added[i][e / 2], o[i][c][e]);
         else
           o[i][c][e] = std::fma(sum[e], of_channel, o[i][c][e]);
       }
@@ -143,6 +146,10 @@ template <typename Kind, int D> struct TileCopy {
   __device__ const uint8_t* from(const Tokens& t, int token, int bytes) const {
     return static_cast<const uint8_t*>(t.data) + t.at(w.key_sample, w.kv_head, token) * bytes;
   }
+  // The tile of codes and the head, of a key, among those of the workspace
+  __device__ int64_t of_codes(int key) const {
+    return int64_t(w.first_tile + key / kCodeTile) * args.kv_heads + w.kv_head;
+  }
   // Numbers of four bytes beside a tile, by pieces of 16; the memory has whole pieces
   __device__ static void scales(uint8_t* slot, const float* numbers, int count) {
     for (int i = 4 * int(threadIdx.x); i < count; i += 4 * kThreads)
@@ -157,22 +164,19 @@ template <typename Kind, int D> struct TileCopy {
         slot, from(args.k, token, kBytes), args.k.token * kBytes, (kBytes == 1 ? D : args.d) * kBytes, count,
         args.pieces);
     if constexpr (kBytes == 1)
-      scales(slot,
-             args.eight.k_scale + ((args.key_tiles(64).first(w.source) + first / 64) * args.kv_heads + w.kv_head) * 64 + first % 64,
-             kTile.keys);
+      scales(slot, args.eight.k_scale + of_codes(first) * kCodeTile + first % kCodeTile, kTile.keys);
   }
 
   __device__ void values(uint8_t* slot, int tile) const {
     const int first = tile * kTile.keys;
     if constexpr (Kind::kValueBytes == 2) {
       copy_rows<kTile.keys, 2 * D, kTile.value_pitch, kThreads>(slot, from(args.v, w.first_key + first, 2),
-                                                               2 * args.v.token, 2 * args.d, w.keys - first,
-                                                               args.v_pieces);
+                                                                2 * args.v.token, 2 * args.d, w.keys - first,
+                                                                args.v_pieces);
     } else {
-      const int64_t at =
-          ((args.key_tiles(64).first(w.source) + tile) * args.kv_heads + w.kv_head) * D;
-      copy_rows<D, kTile.keys, kTile.value_pitch, kThreads, uint8_t>(slot, args.eight.v_codes + at * kTile.keys,
-                                                                   kTile.keys, kTile.keys, D, true);
+      const int64_t at = of_codes(first) * D;
+      copy_rows<D, kTile.keys, kTile.value_pitch, kThreads, uint8_t>(
+          slot, args.eight.v_codes + at * kTile.keys, kTile.keys, kTile.keys, D, true);
       scales(slot, args.eight.v_scale + at, D);
     }
   }
@@ -224,9 +228,13 @@ __device__ __forceinline__ void finish_rows(const float (&o)[Pieces][D / 8][4], 
   for_rows<Pieces>([&](int i, int h, int row) {
     const float sum = sum_of_quad(rows.sum[i][h]);
     inverse[i][h] = sum == 0 ? 0.0f : 1 / sum;
-    if (threadIdx.x % 4 == 0 && warp_row + row < w.rows)
-      lse_of<float>(args, w)[warp_row + row] =
-          sum == 0 ? -INFINITY : std::fma(rows.top[i][h], kLn2, std::log(sum) - kLnTop);
+    if (threadIdx.x % 4 != 0 || warp_row + row >= w.rows) return;
+    float lse = std::fma(rows.top[i][h], kLn2, std::log(sum) - kLnTop);
+    if constexpr (Kind::kScoreBytes == 1)  // scores of k - mean are less by this
+      lse +=
+          args.eight
+              .q_mean[(int64_t(w.sample) * args.heads + w.head) * args.rows + w.first_row + warp_row + row];
+    lse_of<float>(args, w)[warp_row + row] = sum == 0 ? -INFINITY : lse;
   });
   dispatch_result<Kind>(args, [&]<typename T>() { store_rows<T, D, Pieces>(o, inverse, args, w, warp_row); });
 }
@@ -236,55 +244,45 @@ template <typename Kind, int D> struct WarpRows {
   static constexpr int kPieces = KernelTile<Kind, D>::kPieces, kKeys = KernelTile<Kind, D>::kKeys;
   const AttentionArgs& args;
   const Work& w;
-  const int row;  // of the warp in the tile
+  const float* const units;  // of the tile's rows, in shared memory; for codes alone
   typename KernelTile<Kind, D>::Outputs o = {};
   RowSums<kPieces> rows;
-  OfRows<kPieces> unit;  // of scores as they come from the product
   Weights<Kind, kKeys> p[kPieces];
-  Rescale<kPieces> rescale;
+  OfRows<kPieces> added;
 
-  __device__ WarpRows(const AttentionArgs& args, const Work& w)
-      : args(args), w(w), row(int(threadIdx.x) / 32 * 16 * kPieces) {
-    for_rows<kPieces>([&](int i, int h, int r) {
-      unit[i][h] = args.unit;
-      if constexpr (Kind::kScoreBytes == 1)
-        unit[i][h] *= args.eight.q_scale[(int64_t(w.sample) * args.heads + w.head) * args.rows + w.first_row +
-                                         std::min(row + r, w.rows - 1)];
-    });
-  }
-  __device__ bool has_rows() const { return row < w.rows; }
+  __device__ WarpRows(const AttentionArgs& args, const Work& w, const float* units)
+      : args(args), w(w), units(units) {}
+  __device__ int row() const {
+    return opaque(int(threadIdx.x)) / 32 * 16 * kPieces;
+  }  // of the warp, in the tile
+  __device__ bool has_rows() const { return row() < w.rows; }
 
   __device__ void weigh(const uint8_t* q, const uint8_t* slot, int tile) {
+    const int row = this->row();
     Scores<kPieces, kKeys> s;
-    multiply_keys<Kind, D, kKeys, kPieces>(s, q + row * KernelTile<Kind, D>::kTile.q_pitch, slot);
-    OfRows<kPieces> late;
-    const bool scales_late = args.scales_late();
-    for_rows<kPieces>([&](int i, int h, int) { late[i][h] = scales_late ? unit[i][h] : 1.0f; });
-    if (!scales_late) scale_scores<kKeys, kPieces>(s, unit, args, w, row, tile);
+    multiply_keys<Kind, D, kKeys, kPieces>(s, q + row * KernelTile<Kind, D>::kTile.score_pitch, slot);
+    const auto unit = [&](int r) { return Kind::kScoreBytes == 1 ? units[row + r] : args.unit; };
+    const bool late = args.scales_late();
+    if (!late) scale_scores<kKeys, kPieces>(s, unit, args, w, row, tile);
     if (w.keys < (tile + 1) * kKeys) hide_keys<kKeys, kPieces>(s, w.keys - tile * kKeys);
-    exponentiate<Kind, kKeys, kPieces>(s, late, rows, rescale);
+    for_rows<kPieces>([&](int i, int h, int r) {
+      const float old = exponentiate<Kind, kKeys>(s[i], h, late ? unit(r) : 1.0f, rows.top[i][h],
+                                                  rows.sum[i][h], added[i][h]);
+      if (__all_sync(0xffffffffu, old == 1)) return;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) o[i][j][2 * h] *= old, o[i][j][2 * h + 1] *= old;
+    });
     if constexpr (Kind::kValues == Values::sixteen)
       if (args.factor) multiply_factor<kKeys, kPieces>(s, args, w, row, tile);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) pack_weights<Kind, kKeys>(p[i], s[i]);
-    rescale_outputs();
-  }
-
-  __device__ void rescale_outputs() {
-    bool same = true;
-    for_rows<kPieces>([&](int i, int h, int) { same &= rescale.old[i][h] == 1; });
-    if (__all_sync(0xffffffffu, same)) return;
-    for_rows<kPieces>([&](int i, int h, int) {
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) o[i][j][2 * h] *= rescale.old[i][h], o[i][j][2 * h + 1] *= rescale.old[i][h];
-    });
   }
 
   __device__ void add_values(const uint8_t* slot) {
     if constexpr (Kind::kValues == Values::sixteen)
       multiply_values<Kind, D, kKeys, kPieces>(o, p, slot);
     else
-      multiply_codes<Kind, D, kPieces>(o, p, slot, rescale);
+      multiply_codes<Kind, D, kPieces>(o, p, slot, added);
   }
 };
 
@@ -293,21 +291,33 @@ __global__ void __launch_bounds__(KernelTile<Kind, D>::kThreads, 2) attention_ke
   using K = KernelTile<Kind, D>;
   constexpr AttentionTile kTile = K::kTile;
   if constexpr (Kind::kRuns) {
-    const Work w = find_work<kTile.rows()>(args);
-    if (!w.valid) return dispatch_result<Kind>(args, [&]<typename T>() { fill_with_nan<T>(args, w); });
-    if (w.rows <= 0 || is_of_another_kernel(args, w)) return;
+    const Work found = find_work<kTile.rows()>(args);
+    if (!found.valid)
+      return dispatch_result<Kind>(args, [&]<typename T>() { fill_with_nan<T>(args, found); });
+    if (found.rows <= 0 || is_of_another_kernel(args, found)) return;
+    __shared__ Work w;  // there it takes no registers, of which there are none to spare
+    if (threadIdx.x == 0) w = found;
+    __shared__ float units[Kind::kScoreBytes == 1 ? kTile.rows() : 1];
+    if (Kind::kScoreBytes == 1 && int(threadIdx.x) < kTile.rows()) {
+      const int64_t first = (int64_t(found.sample) * args.heads + found.head) * args.rows + found.first_row;
+      units[threadIdx.x] =
+          int(threadIdx.x) < found.rows ? args.unit * args.eight.q_scale[first + threadIdx.x] : 0.0f;
+    }
+    __syncthreads();
 
     uint8_t *const q = dynamic_shared<uint8_t>(), *const ring = q + kTile.q_bytes;
-    const KeyTiles<kTile.keys> tiles(args, w);
+    const auto seen = [&](int tile) { return tile * kTile.keys < w.keys; };
     const TileCopy<Kind, D> copy{args, w};
     const auto slot_after = [](int slot, int steps) { return (slot + steps) % K::kSlots; };
     const auto memory = [&](int slot) { return ring + slot * kTile.slot_bytes; };
 
-    int tile = tiles.from(0), slot = 0;
-    if (tile < tiles.count) {
-      copy_rows<kTile.rows(), D * Kind::kScoreBytes, kTile.q_pitch, K::kThreads,
+    int tile = next_tile<kTile.keys>(w, 0), slot = 0;
+    if (seen(tile)) {
+      copy_rows<kTile.rows(), D * Kind::kScoreBytes, kTile.score_pitch, K::kThreads,
                 std::conditional_t<Kind::kScoreBytes == 1, uint8_t, uint16_t>>(
-          q, static_cast<const uint8_t*>(args.q.data) + args.q.at(w.sample, w.head, w.first_row) * Kind::kScoreBytes,
+          q,
+          static_cast<const uint8_t*>(args.q.data) +
+              args.q.at(w.sample, w.head, w.first_row) * Kind::kScoreBytes,
           args.q.token * Kind::kScoreBytes, (Kind::kScoreBytes == 1 ? D : args.d) * Kind::kScoreBytes, w.rows,
           args.pieces);
       copy.keys(memory(0), tile);
@@ -315,11 +325,11 @@ __global__ void __launch_bounds__(KernelTile<Kind, D>::kThreads, 2) attention_ke
       if (K::kSlots == 3) copy.values(memory(1), tile);
       if (K::kSlots == 3) cp_async_commit();
     }
-    WarpRows<Kind, D> warp(args, w);
+    WarpRows<Kind, D> warp(args, w, units);
 #pragma unroll 1
-    while (tile < tiles.count) {
-      const int next = tiles.from(tile + 1);
-      const bool more = next < tiles.count;
+    while (seen(tile)) {
+      const int next = next_tile<kTile.keys>(w, tile + 1);
+      const bool more = seen(next);
       cp_async_wait<K::kSlots - 2>();
       __syncthreads();  // K is there, and the slot written next has been read by all; so below with V
       if (K::kSlots == 2)
@@ -341,7 +351,7 @@ __global__ void __launch_bounds__(KernelTile<Kind, D>::kThreads, 2) attention_ke
       tile = next;
     }
     cp_async_wait<0>();
-    if (warp.has_rows()) finish_rows<Kind, D, K::kPieces>(warp.o, warp.rows, args, w, warp.row);
+    if (warp.has_rows()) finish_rows<Kind, D, K::kPieces>(warp.o, warp.rows, args, w, warp.row());
   }
 }
 

@@ -64,13 +64,13 @@ __device__ __forceinline__ void pack_weights(Weights<Kind, Keys>& to, const floa
     for (int r = 0; r < 4; ++r) {
       const int e = 2 * (r % 2);  // row of the lane
       if constexpr (Kind::kValues == Values::sixteen) {
-        const float(&piece)[4] = s[2 * step + r / 2];
+        const float (&piece)[4] = s[2 * step + r / 2];
         to[step][r] = round_to_pair<typename Kind::Element>(piece[e], piece[e + 1]);
       } else {
-        const float(&low)[4] = s[4 * step + 2 * (r / 2)], (&high)[4] = s[4 * step + 2 * (r / 2) + 1];
+        const float (&low)[4] = s[4 * step + 2 * (r / 2)], (&high)[4] = s[4 * step + 2 * (r / 2) + 1];
         if constexpr (Kind::kValues == Values::e4m3) {
-          to[step][r] =
-              byte_permute(round_to_e4m3x2(low[e], low[e + 1]), round_to_e4m3x2(high[e], high[e + 1]), 0x5410);
+          to[step][r] = byte_permute(round_to_e4m3x2(low[e], low[e + 1]),
+                                     round_to_e4m3x2(high[e], high[e + 1]), 0x5410);
         } else {  // the last bytes of what round_weights left
           const auto bits = [](float v) { return std::bit_cast<uint32_t>(v); };
           to[step][r] = byte_permute(byte_permute(bits(low[e]), bits(low[e + 1]), 0x0040),

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "attention/work.cuh"
 #include "attention/kinds.cuh"
+#include "attention/work.cuh"
 
 // Softmax over tiles of keys as they come, in base 2 (Milakov and Gimelshein, 2018). A lane holds, of every
 // 16 rows, rows lane / 4 and lane / 4 + 8, of these keys 8 j + 2 (lane % 4) + 0, 1.
@@ -18,12 +18,6 @@ template <int Pieces> struct RowSums {
 #pragma unroll
     for (int i = 0; i < 2 * Pieces; ++i) top[i / 2][i % 2] = -INFINITY, sum[i / 2][i % 2] = 0;
   }
-};
-
-// What a step makes of the sums so far: `old` multiplies them, `added` what the tile adds (u8 weights alone:
-// these are relative to the tile's own largest score).
-template <int Pieces> struct Rescale {
-  OfRows<Pieces> old, added;
 };
 
 __device__ __forceinline__ float max_of_quad(float v) {
@@ -54,38 +48,41 @@ template <int Keys, typename F> __device__ __forceinline__ void for_keys(F f) {
 }
 
 // s = s unit + bias log2(e); `bias` points to the tile's first key of the warp's first row
-template <typename B, int Keys, int Pieces>
-__device__ __forceinline__ void add_bias(Scores<Pieces, Keys>& s, const OfRows<Pieces>& unit, const B* bias,
-                                         int64_t stride, int rows, int keys) {
+template <typename B, int Keys, int Pieces, typename Unit>
+__device__ __forceinline__ void add_bias(Scores<Pieces, Keys>& s, Unit unit, const B* bias, int64_t stride,
+                                         int rows, int keys) {
   constexpr float kLog2E = 1.4426950408889634f;
   for_rows<Pieces>([&](int i, int h, int row) {
-    const B* const of_lane = opaque(bias + std::min(row, rows - 1) * stride + 2 * (int(threadIdx.x) % 4));
+    const B* const of_lane =
+        opaque(bias + std::min(row, rows - 1) * stride + 2 * (opaque(int(threadIdx.x)) % 4));
     for_keys<Keys>([&](int j, int e, int key) {
       const float b = key < keys ? load(of_lane[8 * j + e]) : 0.0f;
-      s[i][j][2 * h + e] = std::fma(s[i][j][2 * h + e], unit[i][h], b * kLog2E);
+      s[i][j][2 * h + e] = std::fma(s[i][j][2 * h + e], unit(row), b * kLog2E);
     });
   });
 }
 
-template <int Keys, int Pieces>
-__device__ __forceinline__ void scale_scores(Scores<Pieces, Keys>& s, const OfRows<Pieces>& unit,
-                                             const AttentionArgs& args, const Work& w, int warp_row, int tile) {
+template <int Keys, int Pieces, typename Unit>
+__device__ __forceinline__ void scale_scores(Scores<Pieces, Keys>& s, Unit unit, const AttentionArgs& args,
+                                             const Work& w, int warp_row, int tile) {
   const int64_t at = args.bias.at(w.sample, w.head, w.row + warp_row) + tile * Keys;
   const int rows = w.rows - warp_row, keys = w.keys - tile * Keys;
   if (!args.bias.data)
-    for_rows<Pieces>([&](int i, int h, int) {
-      for_keys<Keys>([&](int j, int e, int) { s[i][j][2 * h + e] *= unit[i][h]; });
+    for_rows<Pieces>([&](int i, int h, int row) {
+      for_keys<Keys>([&](int j, int e, int) { s[i][j][2 * h + e] *= unit(row); });
     });
   else if (args.bias.dtype == DType::f32)
-    add_bias<float, Keys, Pieces>(s, unit, static_cast<const float*>(args.bias.data) + at, args.bias.row, rows, keys);
+    add_bias<float, Keys, Pieces>(s, unit, static_cast<const float*>(args.bias.data) + at, args.bias.row,
+                                  rows, keys);
   else if (args.bias.dtype == DType::bf16)
-    add_bias<bf16, Keys, Pieces>(s, unit, static_cast<const bf16*>(args.bias.data) + at, args.bias.row, rows, keys);
+    add_bias<bf16, Keys, Pieces>(s, unit, static_cast<const bf16*>(args.bias.data) + at, args.bias.row, rows,
+                                 keys);
   else
-    add_bias<f16, Keys, Pieces>(s, unit, static_cast<const f16*>(args.bias.data) + at, args.bias.row, rows, keys);
+    add_bias<f16, Keys, Pieces>(s, unit, static_cast<const f16*>(args.bias.data) + at, args.bias.row, rows,
+                                keys);
 }
 
-template <int Keys, int Pieces>
-__device__ __forceinline__ void hide_keys(Scores<Pieces, Keys>& s, int seen) {
+template <int Keys, int Pieces> __device__ __forceinline__ void hide_keys(Scores<Pieces, Keys>& s, int seen) {
   for_keys<Keys>([&](int j, int e, int key) {
 #pragma unroll
     for (int i = 0; i < 2 * Pieces; ++i)
@@ -93,53 +90,54 @@ __device__ __forceinline__ void hide_keys(Scores<Pieces, Keys>& s, int seen) {
   });
 }
 
-// Weights in place of scores, which are in base 2 when multiplied by `unit`.
-template <typename Kind, int Keys, int Pieces>
-__device__ __forceinline__ void exponentiate(Scores<Pieces, Keys>& s, const OfRows<Pieces>& unit,
-                                             RowSums<Pieces>& rows, Rescale<Pieces>& rescale) {
+// Weights in place of the scores of one row, which are in base 2 when multiplied by `unit`. Returns what
+// multiplies the sums so far; `added` is what multiplies what the tile adds, where weights are relative to
+// its own largest score (u8), and not written elsewhere.
+template <typename Kind, int Keys>
+__device__ __forceinline__ float exponentiate(float (&s)[Keys / 8][4], int h, float unit, float& row_top,
+                                              float& row_sum, float& added) {
   constexpr bool kOwn = Kind::kValues == Values::int8;
   constexpr float kTopLog2 = Kind::kValues == Values::e4m3 ? 8.807354922057604f : 0.0f;
-  for_rows<Pieces>([&](int i, int h, int) {
-    float top = -INFINITY;
-    for_keys<Keys>([&](int j, int e, int) { top = fmaxf(top, s[i][j][2 * h + e]); });
-    top = max_of_quad(top) * unit[i][h];
-    // A weight of u8 must not exceed 255: the rounding of `top` is made to go up.
-    if (kOwn && top > -INFINITY) top = std::fma(std::fabs(top), 0x1p-23f, top);
-    const float highest = fmaxf(rows.top[i][h], top), base = highest > -INFINITY ? highest : 0.0f;
-    rescale.old[i][h] = exp2_approx(rows.top[i][h] - base);
-    rows.top[i][h] = highest;
-    const float own = top > -INFINITY ? top : 0.0f, shift = kTopLog2 - (kOwn ? own : base);
-    float sum = 0;
-    for_keys<Keys>([&](int j, int e, int) {
-      float& v = s[i][j][2 * h + e];
-      v = exp2_approx(std::fma(v, unit[i][h], shift));
-      if constexpr (kOwn) {
-        v = std::fma(v, Kind::kTop, kMagic);  // rounded, its code in the last byte
-        sum += v - kMagic;
-      } else {
-        sum += v;
-      }
-    });
+  float top = -INFINITY;
+  for_keys<Keys>([&](int j, int e, int) { top = fmaxf(top, s[j][2 * h + e]); });
+  top = max_of_quad(top) * unit;
+  // A weight of u8 must not exceed 255: the rounding of `top` is made to go up.
+  if (kOwn && top > -INFINITY) top = std::fma(std::fabs(top), 0x1p-23f, top);
+  const float highest = fmaxf(row_top, top), base = highest > -INFINITY ? highest : 0.0f;
+  const float old = exp2_approx(row_top - base);
+  row_top = highest;
+  const float own = top > -INFINITY ? top : 0.0f, shift = kTopLog2 - (kOwn ? own : base);
+  float sum = 0;
+  for_keys<Keys>([&](int j, int e, int) {
+    float& v = s[j][2 * h + e];
+    v = exp2_approx(std::fma(v, unit, shift));
     if constexpr (kOwn) {
-      rescale.added[i][h] = exp2_approx(top - base);
-      sum *= rescale.added[i][h];
+      v = std::fma(v, Kind::kTop, kMagic);  // rounded, its code in the last byte
+      sum += v - kMagic;
+    } else {
+      sum += v;
     }
-    rows.sum[i][h] = std::fma(rows.sum[i][h], rescale.old[i][h], sum);
   });
+  if constexpr (kOwn) {
+    added = exp2_approx(top - base);
+    sum *= added;
+  }
+  row_sum = std::fma(row_sum, old, sum);
+  return old;
 }
 
 // Weights times the relative factor of their key and row.
 template <int Keys, int Pieces>
-__device__ __forceinline__ void multiply_factor(Scores<Pieces, Keys>& s, const AttentionArgs& args, const Work& w,
-                                                int warp_row, int tile) {
+__device__ __forceinline__ void multiply_factor(Scores<Pieces, Keys>& s, const AttentionArgs& args,
+                                                const Work& w, int warp_row, int tile) {
   const int keys = w.keys - tile * Keys;
-  const float* const table = static_cast<const float*>(args.factor) + w.head * args.factor_head + args.rows - 1 -
-                             w.row - warp_row + tile * Keys;
+  const float* const table = static_cast<const float*>(args.factor) + w.head * args.factor_head + args.rows -
+                             1 - w.row - warp_row + tile * Keys;
   for_rows<Pieces>([&](int i, int h, int row) {
-    const float* const of_lane = opaque(table - std::min(row, w.rows - warp_row - 1) + 2 * (int(threadIdx.x) % 4));
-    for_keys<Keys>([&](int j, int e, int key) {
-      s[i][j][2 * h + e] *= key < keys ? of_lane[8 * j + e] : 0.0f;
-    });
+    const float* const of_lane =
+        opaque(table - std::min(row, w.rows - warp_row - 1) + 2 * (int(threadIdx.x) % 4));
+    for_keys<Keys>(
+        [&](int j, int e, int key) { s[i][j][2 * h + e] *= key < keys ? of_lane[8 * j + e] : 0.0f; });
   });
 }
 

@@ -23,16 +23,19 @@ struct AttentionTile {
   int pieces;  // of 16 rows, of a warp
   int keys;    // of a tile of K or V
   int slots;   // of the ring through which tiles of K and of V pass by turns
-  // In shared memory: bytes from row to row of Q, of K, and of a tile of V; its rows are keys, or channels
-  // where codes lie transposed. Rows are an odd number of 16 bytes apart, so that eight of them meet no two
-  // banks; those of Q may be close together instead, with their pieces exchanged (copy_rows).
-  int q_pitch, score_pitch, value_rows, value_pitch;
+  // In shared memory: bytes from row to row of Q and K, and of a tile of V; its rows are keys, or channels
+  // where codes lie transposed.
+  int score_pitch, value_rows, value_pitch;
   int scales;  // where the scales of a tile begin in its slot
   int slot_bytes, q_bytes;
 
   constexpr int rows() const { return 16 * pieces * kWarps; }
   constexpr int shared() const { return q_bytes + slots * slot_bytes; }
 };
+
+// Eight rows of 16 bytes must meet no two banks of shared memory. They are an odd number of 16 bytes apart,
+// or close together with their pieces exchanged (piece_of_row), where they have a multiple of 128 bytes.
+constexpr int row_pitch(int bytes) { return bytes % 128 ? bytes + 16 : bytes; }
 
 constexpr AttentionTile attention_tile(int head, int score_bytes, int value_bytes) {
   AttentionTile t{};
@@ -42,13 +45,12 @@ constexpr AttentionTile attention_tile(int head, int score_bytes, int value_byte
   t.pieces = t.d <= 128 ? 2 : 1;
   // Tiles of 32 keys leave registers for the loads of bias and factor, and room for two blocks in 100 KiB.
   t.keys = value_bytes == 2 && (t.d == 96 || t.d == 128) ? 32 : 64;
-  t.q_pitch = t.d * score_bytes + (t.d * score_bytes % 128 ? 16 : 0);
-  t.score_pitch = t.d * score_bytes + 16;
+  t.score_pitch = row_pitch(t.d * score_bytes);
   t.value_rows = value_bytes == 2 ? t.keys : t.d;
-  t.value_pitch = (value_bytes == 2 ? 2 * t.d : t.keys) + 16;
+  t.value_pitch = row_pitch(value_bytes == 2 ? 2 * t.d : t.keys);
   t.scales = std::max(t.keys * t.score_pitch, t.value_rows * t.value_pitch);
   t.slot_bytes = t.scales + (score_bytes == 1 ? 4 * std::max(t.keys, t.d) : 0);
-  t.q_bytes = t.rows() * t.q_pitch;
+  t.q_bytes = t.rows() * t.score_pitch;
   // A third slot where two blocks still share the 100 KiB of a multiprocessor of sm_86.
   t.slots = 2 * (t.q_bytes + 3 * t.slot_bytes + 1024) <= 100 << 10 ? 3 : 2;
   return t;

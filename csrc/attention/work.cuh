@@ -12,10 +12,12 @@ namespace rfk {
 // Rows are those of a tile, in one head of one sequence.
 struct Work {
   int sequence, sample, head, kv_head;
-  int row, first_row, rows;       // its first row in the sequence, the same as a token of q, how many it has
-  int source;                     // whose sequence the keys are
+  int row, first_row, rows;  // its first row in the sequence, the same as a token of q, how many it has
+  int source;                // whose sequence the keys are
   int key_sample, first_key, keys;  // the token of k that is key 0, and how many are seen
-  bool valid;                     // lengths and starts are in their range
+  int first_tile;                   // of its keys, among the tiles of codes
+  const uint8_t* mask;              // of the blocks of keys that the rows see, or null: all
+  bool valid;                       // lengths and starts are in their range
 };
 
 // Called by the whole block.
@@ -32,6 +34,11 @@ __device__ __forceinline__ bool starts_in_range(const AttentionArgs& args) {
 
 __device__ __forceinline__ bool in_range(const Span& keys, const AttentionArgs& args) {
   return keys.length >= 0 && keys.length <= args.keys;
+}
+
+// The sequence whose keys and values a head of sequence s takes.
+__device__ __forceinline__ int source_of(const AttentionArgs& args, int s, int kv_head) {
+  return args.head_shift ? int(source_sample(s, args.frames, args.head_shift[kv_head])) : s;
 }
 
 // Blocks are numbered by tiles, heads and samples, so that neighbours read the same keys.
@@ -53,39 +60,31 @@ template <int Rows> __device__ __forceinline__ Work find_work(const AttentionArg
   const Span rows = args.rows_of(w.sequence);
   w.row = int(tile - (args.packed() ? tiling.first(w.sequence) : 0)) * Rows;
   w.first_row = rows.first + w.row, w.rows = std::min(Rows, rows.length - w.row);
-  w.source = w.sequence;
-  if (args.head_shift) w.source = int(source_sample(w.sample, args.frames, args.head_shift[w.kv_head]));
+  w.source = source_of(args, w.sequence, w.kv_head);
   const Span keys = args.keys_of(w.source);
   w.key_sample = args.sample_of(w.source), w.first_key = keys.first, w.keys = keys.length;
+  w.first_tile = int(args.key_tiles(kCodeTile).first(w.source));
+  w.mask = nullptr;
+  if (args.block_mask.data)
+    w.mask = static_cast<const uint8_t*>(args.block_mask.data) +
+             args.block_mask.at(w.sample, w.head, w.row / kBlockRows);
   w.valid = in_range(keys, args);
   return w;
 }
 
-// The tiles of Keys keys that a block visits.
-template <int Keys> struct KeyTiles {
-  static constexpr int kOfBlock = kBlockKeys / Keys;  // tiles of a block of the mask
-  int count;
-  const uint8_t* mask;  // of the block's rows, or null
-
-  __device__ KeyTiles(const AttentionArgs& args, const Work& w)
-      : count((w.keys + Keys - 1) / Keys), mask(nullptr) {
-    if (args.block_mask.data)
-      mask = static_cast<const uint8_t*>(args.block_mask.data) +
-             args.block_mask.at(w.sample, w.head, w.row / kBlockRows);
-  }
-
-  // The first one from `tile` on, or `count`; whole warps ask, all for the same.
-  __device__ int from(int tile) const {
-    if (!mask) return tile;
-    const int lane = int(threadIdx.x) % 32;
+// The first tile of Keys keys from `tile` on that the block visits, or one beyond the last; whole warps ask,
+// all for the same.
+template <int Keys> __device__ __forceinline__ int next_tile(const Work& w, int tile) {
+  constexpr int kOfBlock = kBlockKeys / Keys;  // tiles of a block of the mask
+  if (!w.mask) return tile;
+  const int lane = int(threadIdx.x) % 32, count = (w.keys + Keys - 1) / Keys;
 #pragma unroll 1
-    for (; tile < count; tile += 32) {
-      const unsigned seen = __ballot_sync(0xffffffffu, tile + lane < count && mask[(tile + lane) / kOfBlock]);
-      if (seen) return tile + __ffs(int(seen)) - 1;
-    }
-    return count;
+  for (; tile < count; tile += 32) {
+    const unsigned seen = __ballot_sync(0xffffffffu, tile + lane < count && w.mask[(tile + lane) / kOfBlock]);
+    if (seen) return tile + __ffs(int(seen)) - 1;
   }
-};
+  return count;
+}
 
 __device__ __forceinline__ bool is_of_another_kernel(const AttentionArgs& args, const Work& w) {
   return args.fell_back && args.fell_back[int64_t(w.sequence) * args.heads + w.head] != args.takes;
@@ -95,7 +94,8 @@ template <typename A> __device__ __forceinline__ A* lse_of(const AttentionArgs& 
   return static_cast<A*>(args.lse) + (int64_t(w.sample) * args.heads + w.head) * args.rows + w.first_row;
 }
 
-template <typename T> __device__ __forceinline__ T* out_of(const AttentionArgs& args, const Work& w, int row) {
+template <typename T>
+__device__ __forceinline__ T* out_of(const AttentionArgs& args, const Work& w, int row) {
   return static_cast<T*>(args.out.data) + args.out.at(w.sample, w.head, w.first_row + row);
 }
 

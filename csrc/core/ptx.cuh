@@ -124,8 +124,8 @@ template <int N> __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// v, of which the compiler knows nothing: what is made of it is made where it is used, and not kept in registers
-// through a loop.
+// v, of which the compiler knows nothing: what is made of it is made where it is used, and not kept in
+// registers through a loop.
 template <typename T> __device__ __forceinline__ T opaque(T v) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   if constexpr (sizeof(T) == 8)

@@ -137,7 +137,11 @@ def assert_close(call: Call, out: Tensor, lse: Tensor) -> None:
     seen = expected_lse > -torch.inf
     assert torch.equal(lse > -torch.inf, seen)
     wrong = (lse.double() - expected_lse)[seen].abs()
-    scores = 1 + (call.of("q").double().norm(dim=-1).max() * call.of("k").double().norm(dim=-1).max() if call.keys else 0)
+    scores = 1 + (
+        call.of("q").double().norm(dim=-1).max() * call.of("k").double().norm(dim=-1).max()
+        if call.keys
+        else 0
+    )
     assert (wrong <= (2.0**-45 if call.dtype == F64 else 2.0**-21) * scores).all()
 
 
