@@ -10,7 +10,7 @@
 namespace rfk {
 
 template <typename Kind, int D> struct KernelTile {
-  static constexpr AttentionTile kTile = attention_tile(D, Kind::kScoreBytes, Kind::kValueBytes);
+  static constexpr AttentionTile kTile = attention_tile(D, Kind::kScoreBytes, Kind::kValueBytes, Kind::kKeys);
   static_assert(kTile.d == D && kTile.shared() <= kMostShared);
   static constexpr int kPieces = kTile.pieces, kKeys = kTile.keys, kThreads = 32 * kWarps,
                        kSlots = kTile.slots;
@@ -94,43 +94,53 @@ __device__ __forceinline__ void multiply_values(float (&o)[Pieces][D / 8][4],
     }
 }
 
+// Whether the compiler must be kept from having many products under way: found by its spills.
+template <typename Kind, int D>
+inline constexpr bool kFewProducts = Kind::kValues == Values::int8 && (D <= 96 || !kMultipliesE4m3);
+
 // The same of eight bits: the sum of a tile is exact, or in the tensor core's own precision, before it is
-// scaled and added.
-template <typename Kind, int D, int Pieces>
+// scaled and added. A load has 64 keys of 8 channels, or 32 of 16.
+template <typename Kind, int D, int Keys, int Pieces>
 __device__ __forceinline__ void multiply_codes(float (&o)[Pieces][D / 8][4],
-                                               const Weights<Kind, 64> (&p)[Pieces], const uint8_t* slot,
+                                               const Weights<Kind, Keys> (&p)[Pieces], const uint8_t* slot,
                                                const OfRows<Pieces>& added) {
   constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
   constexpr bool kInt8 = Kind::kValues == Values::int8;
+  constexpr int kTogether = 64 / Keys;
   using Sum = std::conditional_t<kInt8, int32_t, float>;
-  const int lane = opaque(int(threadIdx.x)) % 32;
-  const uint8_t* const row = slot + lane % 8 * kTile.value_pitch + lane / 8 * 16;
+  const int lane = opaque(int(threadIdx.x)) % 32, piece = lane / 8 % (Keys / 16),
+            channel = lane % 8 + lane / 8 / (Keys / 16) * 8;
+  const uint8_t* const row = slot + channel * kTile.value_pitch + piece * 16;
   const float2* const scales = reinterpret_cast<const float2*>(slot + kTile.scales) + lane % 4;
 #pragma unroll
-  for (int c = 0; c < D / 8; ++c) {
+  for (int c = 0; c < D / 8; c += kTogether) {
     uint32_t b[4];
-    if (c % 2 == 0) __syncwarp();  // keeps the compiler from having more products under way than registers
+    if (kFewProducts<Kind, D> && c % 2 == 0) __syncwarp();  // or more are under way than there are registers
     ldmatrix_x4(b, opaque(row + 8 * c * kTile.value_pitch));
-    const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-    const float2 scale = scales[4 * c];
 #pragma unroll
-    for (int i = 0; i < Pieces; ++i) {
-      constexpr Sum kZero = kInt8 ? kMagicBits : 0;
-      Sum sum[4] = {kZero, kZero, kZero, kZero};
-      if constexpr (kInt8) {
-        mma_u8s8(sum, p[i][0], first, sum);
-        mma_u8s8(sum, p[i][1], second, sum);
-      } else {
-        mma_e4m3(sum, p[i][0], first, sum);
-        mma_e4m3(sum, p[i][1], second, sum);
-      }
+    for (int n = 0; n < kTogether; ++n) {
+      const float2 scale = scales[4 * (c + n)];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float of_channel = e % 2 ? scale.y : scale.x;
-        if constexpr (kInt8)
-          o[i][c][e] = std::fma(without_magic(sum[e]) * of_channel, added[i][e / 2], o[i][c][e]);
-        else
-          o[i][c][e] = std::fma(sum[e], of_channel, o[i][c][e]);
+      for (int i = 0; i < Pieces; ++i) {
+        constexpr Sum kZero = kInt8 ? kMagicBits : 0;
+        Sum sum[4] = {kZero, kZero, kZero, kZero};
+#pragma unroll
+        for (int step = 0; step < Keys / 32; ++step) {
+          const uint32_t channels[2] = {b[2 * (n + step)], b[2 * (n + step) + 1]};
+          if constexpr (kInt8)
+            mma_u8s8(sum, p[i][step], channels, sum);
+          else
+            mma_e4m3(sum, p[i][step], channels, sum);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float of_channel = e % 2 ? scale.y : scale.x;
+          float& to = o[i][c + n][e];
+          if constexpr (kInt8)
+            to = std::fma(without_magic(sum[e]) * of_channel, added[i][e / 2], to);
+          else
+            to = std::fma(sum[e], of_channel, to);
+        }
       }
     }
   }
@@ -176,7 +186,7 @@ template <typename Kind, int D> struct TileCopy {
     } else {
       const int64_t at = of_codes(first) * D;
       copy_rows<D, kTile.keys, kTile.value_pitch, kThreads, uint8_t>(
-          slot, args.eight.v_codes + at * kTile.keys, kTile.keys, kTile.keys, D, true);
+          slot, args.eight.v_codes + at * kCodeTile + first % kCodeTile, kCodeTile, kTile.keys, D, true);
       scales(slot, args.eight.v_scale + at, D);
     }
   }
@@ -244,18 +254,44 @@ template <typename Kind, int D> struct WarpRows {
   static constexpr int kPieces = KernelTile<Kind, D>::kPieces, kKeys = KernelTile<Kind, D>::kKeys;
   const AttentionArgs& args;
   const Work& w;
-  const float* const units;  // of the tile's rows, in shared memory; for codes alone
+  // In shared memory, of the tile's rows: units of codes; and where values are codes the largest score so far
+  // and the sum of weights, for which there are no registers.
+  const float* const units;
+  float2* const kept;
+  static constexpr bool kKept = Kind::kValueBytes == 1;
   typename KernelTile<Kind, D>::Outputs o = {};
   RowSums<kPieces> rows;
   Weights<Kind, kKeys> p[kPieces];
   OfRows<kPieces> added;
 
-  __device__ WarpRows(const AttentionArgs& args, const Work& w, const float* units)
-      : args(args), w(w), units(units) {}
+  __device__ WarpRows(const AttentionArgs& args, const Work& w, const float* units, float2* kept)
+      : args(args), w(w), units(units), kept(kept) {}
   __device__ int row() const {
     return opaque(int(threadIdx.x)) / 32 * 16 * kPieces;
   }  // of the warp, in the tile
   __device__ bool has_rows() const { return row() < w.rows; }
+
+  __device__ void read_sums(float& top, float& sum, int i, int h, int r) const {
+    top = kKept ? kept[r].x : rows.top[i][h];
+    sum = !kKept ? rows.sum[i][h] : threadIdx.x % 4 == 0 ? kept[r].y : 0.0f;
+  }
+  __device__ void write_sums(float top, float sum, int i, int h, int r) {
+    if constexpr (kKept) {
+      sum = sum_of_quad(sum);
+      __syncwarp();  // its lanes have read them
+      if (threadIdx.x % 4 == 0) kept[r] = {top, sum};
+    } else {
+      rows.top[i][h] = top, rows.sum[i][h] = sum;
+    }
+  }
+  __device__ void finish() {
+    if constexpr (kKept) {
+      __syncwarp();
+      for_rows<kPieces>(
+          [&](int i, int h, int r) { read_sums(rows.top[i][h], rows.sum[i][h], i, h, row() + r); });
+    }
+    finish_rows<Kind, D, kPieces>(o, rows, args, w, row());
+  }
 
   __device__ void weigh(const uint8_t* q, const uint8_t* slot, int tile) {
     const int row = this->row();
@@ -266,8 +302,10 @@ template <typename Kind, int D> struct WarpRows {
     if (!late) scale_scores<kKeys, kPieces>(s, unit, args, w, row, tile);
     if (w.keys < (tile + 1) * kKeys) hide_keys<kKeys, kPieces>(s, w.keys - tile * kKeys);
     for_rows<kPieces>([&](int i, int h, int r) {
-      const float old = exponentiate<Kind, kKeys>(s[i], h, late ? unit(r) : 1.0f, rows.top[i][h],
-                                                  rows.sum[i][h], added[i][h]);
+      float top, sum;
+      read_sums(top, sum, i, h, row + r);
+      const float old = exponentiate<Kind, kKeys>(s[i], h, late ? unit(r) : 1.0f, top, sum, added[i][h]);
+      write_sums(top, sum, i, h, row + r);
       if (__all_sync(0xffffffffu, old == 1)) return;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) o[i][j][2 * h] *= old, o[i][j][2 * h + 1] *= old;
@@ -282,7 +320,7 @@ template <typename Kind, int D> struct WarpRows {
     if constexpr (Kind::kValues == Values::sixteen)
       multiply_values<Kind, D, kKeys, kPieces>(o, p, slot);
     else
-      multiply_codes<Kind, D, kPieces>(o, p, slot, added);
+      multiply_codes<Kind, D, kKeys, kPieces>(o, p, slot, added);
   }
 };
 
@@ -298,6 +336,8 @@ __global__ void __launch_bounds__(KernelTile<Kind, D>::kThreads, 2) attention_ke
     __shared__ Work w;  // there it takes no registers, of which there are none to spare
     if (threadIdx.x == 0) w = found;
     __shared__ float units[Kind::kScoreBytes == 1 ? kTile.rows() : 1];
+    __shared__ float2 kept[WarpRows<Kind, D>::kKept ? kTile.rows() : 1];
+    if (WarpRows<Kind, D>::kKept && int(threadIdx.x) < kTile.rows()) kept[threadIdx.x] = {-INFINITY, 0};
     if (Kind::kScoreBytes == 1 && int(threadIdx.x) < kTile.rows()) {
       const int64_t first = (int64_t(found.sample) * args.heads + found.head) * args.rows + found.first_row;
       units[threadIdx.x] =
@@ -325,7 +365,7 @@ __global__ void __launch_bounds__(KernelTile<Kind, D>::kThreads, 2) attention_ke
       if (K::kSlots == 3) copy.values(memory(1), tile);
       if (K::kSlots == 3) cp_async_commit();
     }
-    WarpRows<Kind, D> warp(args, w, units);
+    WarpRows<Kind, D> warp(args, w, units, kept);
 #pragma unroll 1
     while (seen(tile)) {
       const int next = next_tile<kTile.keys>(w, tile + 1);
@@ -351,7 +391,7 @@ __global__ void __launch_bounds__(KernelTile<Kind, D>::kThreads, 2) attention_ke
       tile = next;
     }
     cp_async_wait<0>();
-    if (warp.has_rows()) finish_rows<Kind, D, K::kPieces>(warp.o, warp.rows, args, w, warp.row());
+    if (warp.has_rows()) warp.finish();
   }
 }
 

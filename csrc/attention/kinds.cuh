@@ -37,6 +37,7 @@ template <typename T> struct Full {
   using Element = T;  // of values in 16 bits
   static constexpr int kScoreBytes = 2, kValueBytes = 2;
   static constexpr Values kValues = Values::sixteen;
+  static constexpr int kKeys = 64;  // of a tile at most
   static constexpr float kTop = 1;  // the largest weight
   static constexpr bool kRuns = true;
 };
@@ -46,6 +47,7 @@ template <Values V, typename T = bf16> struct Coded {
   using Element = T;
   static constexpr int kScoreBytes = 1, kValueBytes = V == Values::sixteen ? 2 : 1;
   static constexpr Values kValues = V;
+  static constexpr int kKeys = V == Values::e4m3 ? 32 : 64;  // of a tile at most
   static constexpr float kTop = V == Values::sixteen ? 1 : V == Values::int8 ? 255 : 448;
   static constexpr bool kRuns = V != Values::e4m3 || kMultipliesE4m3;
 };
