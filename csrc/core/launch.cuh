@@ -46,6 +46,16 @@ inline int processors_of(int device) {
   return count;
 }
 
+// Whether mma.sync of a device multiplies e4m3 faster than f16 (kMultipliesE4m3 of core/ptx.cuh).
+inline bool multiplies_e4m3(int device) {
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+             "cudaDeviceGetAttribute");
+  return (major == 8 && minor == 9) || major >= 12;
+}
+
 // The dynamic shared memory of the block, as many bytes as its launch asked for.
 template <typename T> __device__ T* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char bytes[];

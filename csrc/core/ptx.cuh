@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/quantize.h"
+
 // The one home of inline PTX, for sm_80 and later. Pointers are generic; `shared` and `row` point into
 // shared memory, the others into global memory. tests/emulator/core/ptx.cuh has the same functions for
 // the CPU. What "lane l holds" of a matrix: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "m16n8k32".
@@ -122,6 +124,17 @@ template <int N> __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// v, of which the compiler knows nothing: what is made of it is made where it is used, and not kept in
+// registers through a loop.
+template <typename T> __device__ __forceinline__ T opaque(T v) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  if constexpr (sizeof(T) == 8)
+    asm volatile("" : "+l"(v));
+  else
+    asm volatile("" : "+r"(v));
+  return v;
+}
+
 // prmt.b32: nibble i of `selector` names byte i of the result among a (0..3) and b (4..7); with 8 added,
 // the sign of that byte, eight times
 __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
@@ -187,6 +200,17 @@ __device__ __forceinline__ void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], 
         "r"(c[3]));
 }
 
+// mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32: a is unsigned, b signed
+__device__ __forceinline__ void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                         const int32_t (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]),
+        "r"(c[3]));
+}
+
 namespace ptx {
 
 // Four e4m3 as two registers of f16: the bits of a magnitude are those of an f16 that is 2^-8 of it, and the
@@ -224,6 +248,38 @@ __device__ __forceinline__ void mma_e4m3(float (&d)[4], const uint32_t (&a)[4], 
   ptx::e4m3_to_f16(a[3], second[1], second[3]);
   ptx::e4m3_to_f16(b[1], other[0], other[1]);
   mma_f16(d, second, other, d);
+#endif
+}
+
+// Whether the code being compiled is for a device whose mma.sync multiplies e4m3 faster than f16: sm_89 and
+// sm_120. `multiplies_e4m3` of core/launch.cuh says the same of a device.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+inline constexpr bool kMultipliesE4m3 = true;
+#else
+inline constexpr bool kMultipliesE4m3 = false;
+#endif
+
+// cvt.rn.f16x2.f32, cvt.rn.bf16x2.f32: two floats rounded to nearest even, `low` in the low bits
+__device__ __forceinline__ uint32_t round_to_f16x2(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+__device__ __forceinline__ uint32_t round_to_bf16x2(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+// cvt.rn.satfinite.e4m3x2.f32 of finite numbers and NaN: beyond 448 is 448; the high bits are 0. encode_e4m3
+// before sm_89.
+__device__ __forceinline__ uint32_t round_to_e4m3x2(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+  uint16_t d;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+  return d;
+#else
+  return encode_e4m3(low) | uint32_t(encode_e4m3(high)) << 8;
 #endif
 }
 

@@ -48,6 +48,9 @@ void set_seed(uint64_t seed);
 // How many multiprocessors the device says it has.
 inline int processors = 1;
 
+// Whether the device says that it multiplies e4m3.
+inline bool e4m3 = true;
+
 // --- called by kernels ---
 
 // The error of the running thread: the launch ends with it.

@@ -35,10 +35,8 @@ def kernels() -> list[Path]:
 def sources() -> dict[Path, list[str]]:
     """Every file of the module and the flags that are its own."""
     host = [ROOT / "csrc/core/tensor.cpp", ROOT / "csrc/core/rows.cpp", ROOT / "python/dlpack.cpp"]
-    whole = [
-        ROOT / "csrc/norm/norm.cpp",
-        ROOT / "csrc/norm/gradients.cpp",
-    ]  # ops that are called with their checks
+    checks = ("attention/attention.cpp", "norm/norm.cpp", "norm/gradients.cpp")
+    whole = [ROOT / "csrc" / path for path in checks]  # ops that are called with their checks
     plain = {path: [] for path in [*host, *sorted(HERE.glob("*.cpp"))]}
     return {path: CHECKED for path in kernels()} | {path: ["-DRFK_WITH_CUDA"] for path in whole} | plain
 

@@ -12,7 +12,8 @@
 
 #include "activation/activation.h"
 #include "activation/activation_quantize.h"
-#include "attention/attention.h"
+#include "attention/call.h"
+#include "attention/tile_choice.h"
 #include "block.h"
 #include "core/check.h"
 #include "embedding/embedding.h"
@@ -134,6 +135,12 @@ std::string linear_tile(int64_t m, int64_t n, int processors, bool fp8) {
   return choice == TileChoice::wide ? "wide" : choice == TileChoice::middle ? "middle" : "narrow";
 }
 
+int64_t attention_workspace(const python::TensorArg& q, const python::TensorArg& k,
+                            const std::optional<python::TensorArg>& q_starts, const std::string& precision) {
+  return rfk::attention_workspace(on_device(q.view), on_device(k.view),
+                                  on_device(python::Passed<Optional>::unwrap(q_starts)), precision);
+}
+
 uint64_t bytes(const std::map<size_t, uint64_t>& accesses) {
   uint64_t sum = 0;
   for (const auto& [width, count] : accesses) sum += width * count;
@@ -164,6 +171,12 @@ void bind_traffic(py::module_& m) {
 // The CPU halves of the ops that are called whole.
 void rfk::ada_norm_cpu(const AdaNormCall&) { rfk::fail("the emulator has CUDA kernels alone"); }
 
+void rfk::attention_cpu(const AttentionCall&) { rfk::fail("the emulator has CUDA kernels alone"); }
+
+int64_t rfk::attention_workspace_cpu(const AttentionCall&) {
+  rfk::fail("the emulator has CUDA kernels alone");
+}
+
 void rfk::ada_norm_backward_cpu(const AdaNormBackwardCall&) {
   rfk::fail("the emulator has CUDA kernels alone");
 }
@@ -174,6 +187,9 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   m.def(
       "set_processors", [](int count) { emulator::processors = count; },
       "How many multiprocessors the device has from now on; 1 at first.");
+  m.def(
+      "set_e4m3", [](bool multiplies) { emulator::e4m3 = multiplies; },
+      "Whether the device multiplies e4m3 from now on; it does at first.");
   m.def("linear_tile", &linear_tile, "The tile that linear takes: wide, middle or narrow.");
 
   def(m, "activation", &activation_cuda);
@@ -181,6 +197,8 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "activation_quantize", &::activation_quantize);
   def(m, "ada_norm_backward", &ada_norm_backward);
   def(m, "affine_step", &affine_step_cuda);
+  def(m, "attention", &attention);
+  m.def("attention_workspace", &::attention_workspace);
   def(m, "attention_merge", &attention_merge_cuda);
   def(m, "cfg_step", &cfg_step_cuda);
   def(m, "gated_activation", &gated_activation_cuda);

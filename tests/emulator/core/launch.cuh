@@ -20,6 +20,9 @@ struct DeviceGuard {
 // `emulator::set_processors` decides, so that a test reaches every path that depends on it.
 inline int processors_of(int) { return emulator::processors; }
 
+// `emulator::e4m3` decides, likewise.
+inline bool multiplies_e4m3(int) { return emulator::e4m3; }
+
 template <typename T> T* dynamic_shared() { return static_cast<T*>(emulator::dynamic_shared()); }
 
 template <typename... Params, typename... Args>

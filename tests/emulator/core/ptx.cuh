@@ -10,6 +10,7 @@
 
 #include "block.h"
 #include "core/dtype.h"
+#include "core/quantize.h"
 #include "cuda.h"
 #include "memory.h"
 
@@ -70,6 +71,11 @@ struct S8 {
   static constexpr int kPerRegister = 4;
   static int64_t decode(uint32_t bits) { return int8_t(bits); }
 };
+struct U8S8 {  // a is unsigned
+  static constexpr int kPerRegister = 4;
+  static int64_t decode_a(uint32_t bits) { return uint8_t(bits); }
+  static int64_t decode(uint32_t bits) { return int8_t(bits); }
+};
 struct E4M3 {  // bias 7, no infinities, one NaN of each sign
   static constexpr int kPerRegister = 4;
   static double decode(uint32_t bits) {
@@ -80,6 +86,13 @@ struct E4M3 {  // bias 7, no infinities, one NaN of each sign
     return (bits & 0x80 ? -magnitude : magnitude) / 1024;
   }
 };
+
+template <typename Format> auto decode_a(uint32_t bits) {
+  if constexpr (requires { Format::decode_a(bits); })
+    return Format::decode_a(bits);
+  else
+    return Format::decode(bits);
+}
 
 // What a lane brings to an mma.
 struct Operands {
@@ -100,7 +113,7 @@ std::array<A, 4> product(const std::array<Operands, kWarp>& all, const std::arra
     auto sum = decltype(Format::decode(0))(c[i]);
     for (int k = 0; k < K; ++k) {
       const Holder &a = kA[row][k], &b = kB[k][col];
-      sum += Format::decode(all[a.lane].a[a.i] >> a.shift) * Format::decode(all[b.lane].b[b.i] >> b.shift);
+      sum += decode_a<Format>(all[a.lane].a[a.i] >> a.shift) * Format::decode(all[b.lane].b[b.i] >> b.shift);
     }
     d[i] = A(sum);
   }
@@ -229,6 +242,10 @@ __forceinline__ void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint3
                             const int32_t (&c)[4], ptx::Where at = ptx::Where::current()) {
   ptx::mma<ptx::S8>(d, a, b, c, "mma_s8", at);
 }
+__forceinline__ void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              const int32_t (&c)[4], ptx::Where at = ptx::Where::current()) {
+  ptx::mma<ptx::U8S8>(d, a, b, c, "mma_u8s8", at);
+}
 __forceinline__ void mma_e4m3(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                               const float (&c)[4], ptx::Where at = ptx::Where::current()) {
   ptx::mma<ptx::E4M3>(d, a, b, c, "mma_e4m3", at);
@@ -247,7 +264,21 @@ __attribute__((noinline, no_sanitize_thread)) inline void red_add_bf16x2(uint32_
   *p = ptx::add_pair<bf16>(*p, v);
 }
 
+inline constexpr bool kMultipliesE4m3 = true;
+
+__forceinline__ uint32_t round_to_f16x2(float low, float high) {
+  return store<f16>(low).bits | uint32_t(store<f16>(high).bits) << 16;
+}
+__forceinline__ uint32_t round_to_bf16x2(float low, float high) {
+  return store<bf16>(low).bits | uint32_t(store<bf16>(high).bits) << 16;
+}
+__forceinline__ uint32_t round_to_e4m3x2(float low, float high) {
+  return encode_e4m3(low) | uint32_t(encode_e4m3(high)) << 8;
+}
+
 __forceinline__ float exp2_approx(float x) { return ptx::flush(std::exp2(ptx::flush(x))); }
+
+template <typename T> T opaque(T v) { return v; }
 
 __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
