@@ -1,7 +1,6 @@
 #pragma once
 
-#include "attention/copy.cuh"
-#include "attention/softmax.cuh"
+#include "attention/products.cuh"
 #include "core/launch.cuh"
 
 // Attention on tensor cores. A block has 4 warps, each with 16 or 32 rows of Q and all keys; tiles of 64 keys
@@ -9,150 +8,16 @@
 
 namespace rfk {
 
-template <typename Kind, int D> struct KernelTile {
-  static constexpr AttentionTile kTile = attention_tile(D, Kind::kScoreBytes, Kind::kValueBytes, Kind::kKeys);
-  static_assert(kTile.d == D && kTile.shared() <= kMostShared);
-  static constexpr int kPieces = kTile.pieces, kKeys = kTile.keys, kThreads = 32 * kWarps,
-                       kSlots = kTile.slots;
-  using Outputs = float[kPieces][D / 8][4];
-};
-
-// scores = Q K^T of the warp's rows; of codes they are times the scale of their key
-template <typename Kind, int D, int Keys, int Pieces>
-__device__ __forceinline__ void multiply_keys(Scores<Pieces, Keys>& s, const uint8_t* q,
-                                              const uint8_t* slot) {
-  constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
-  constexpr bool kCoded = Kind::kScoreBytes == 1;
-  using Sum = std::conditional_t<kCoded, int32_t, float>;
-  const int lane = opaque(int(threadIdx.x)) % 32;
-  constexpr int kPitch = kTile.score_pitch;
-  const uint8_t* const a_row = q + lane % 16 * kPitch;
-  const uint8_t* const b_row = slot + (lane % 8 + lane / 16 * 8) * kPitch;
-  Sum sums[Pieces][Keys / 8][4];
-#pragma unroll
-  for (int j = 0; j < Keys / 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 4 * Pieces; ++i) sums[i / 4][j][i % 4] = kCoded ? kMagicBits : 0;
-  // Codes leave no registers for more than a step at a time.
-#pragma unroll(kCoded ? 1 : 16)
-  for (int step = 0; step < D * Kind::kScoreBytes / 32; ++step) {
-    uint32_t a[Pieces][4];
-#pragma unroll
-    for (int i = 0; i < Pieces; ++i)
-      ldmatrix_x4(a[i], a_row + 16 * i * kPitch + piece_of_row<kPitch>(lane, 2 * step + lane / 16));
-#pragma unroll
-    for (int j = 0; j < Keys / 8; j += 2) {
-      uint32_t b[4];
-      ldmatrix_x4(b, b_row + 8 * j * kPitch + piece_of_row<kPitch>(lane, 2 * step + lane / 8 % 2));
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const uint32_t keys[2] = {b[2 * n], b[2 * n + 1]};
-#pragma unroll
-        for (int i = 0; i < Pieces; ++i) {
-          if constexpr (kCoded)
-            mma_s8(sums[i][j + n], a[i], keys, sums[i][j + n]);
-          else
-            mma_16<typename Kind::Element>(sums[i][j + n], a[i], keys);
-        }
-      }
-    }
-  }
-  const float2* const scales = reinterpret_cast<const float2*>(slot + kTile.scales) + lane % 4;
-#pragma unroll
-  for (int j = 0; j < Keys / 8; ++j) {
-    float2 scale = {1, 1};
-    if constexpr (kCoded) scale = scales[4 * j];
-#pragma unroll
-    for (int i = 0; i < 4 * Pieces; ++i) {
-      if constexpr (kCoded)
-        s[i / 4][j][i % 4] = without_magic(sums[i / 4][j][i % 4]) * (i % 2 ? scale.y : scale.x);
-      else
-        s[i / 4][j][i % 4] = sums[i / 4][j][i % 4];
-    }
-  }
-}
-
-// o += P V, weights and values of 16 bits
-template <typename Kind, int D, int Keys, int Pieces>
-__device__ __forceinline__ void multiply_values(float (&o)[Pieces][D / 8][4],
-                                                const Weights<Kind, Keys> (&p)[Pieces], const uint8_t* slot) {
-  constexpr int kPitch = KernelTile<Kind, D>::kTile.value_pitch;
-  const int lane = opaque(int(threadIdx.x)) % 32;
-  const uint8_t* const row = slot + lane % 16 * kPitch;
-#pragma unroll
-  for (int step = 0; step < Keys / 16; ++step)
-#pragma unroll
-    for (int c = 0; c < D / 8; c += 2) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, row + 16 * step * kPitch + piece_of_row<kPitch>(lane, c + lane / 16));
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const uint32_t channels[2] = {b[2 * n], b[2 * n + 1]};
-#pragma unroll
-        for (int i = 0; i < Pieces; ++i) mma_16<typename Kind::Element>(o[i][c + n], p[i][step], channels);
-      }
-    }
-}
-
-// Whether the compiler must be kept from having many products under way: found by its spills.
-template <typename Kind, int D>
-inline constexpr bool kFewProducts = Kind::kValues == Values::int8 && (D <= 96 || !kMultipliesE4m3);
-
-// The same of eight bits: the sum of a tile is exact, or in the tensor core's own precision, before it is
-// scaled and added. A load has 64 keys of 8 channels, or 32 of 16.
-template <typename Kind, int D, int Keys, int Pieces>
-__device__ __forceinline__ void multiply_codes(float (&o)[Pieces][D / 8][4],
-                                               const Weights<Kind, Keys> (&p)[Pieces], const uint8_t* slot,
-                                               const OfRows<Pieces>& added) {
-  constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
-  constexpr bool kInt8 = Kind::kValues == Values::int8;
-  constexpr int kTogether = 64 / Keys;
-  using Sum = std::conditional_t<kInt8, int32_t, float>;
-  const int lane = opaque(int(threadIdx.x)) % 32, piece = lane / 8 % (Keys / 16),
-            channel = lane % 8 + lane / 8 / (Keys / 16) * 8;
-  const uint8_t* const row = slot + channel * kTile.value_pitch + piece * 16;
-  const float2* const scales = reinterpret_cast<const float2*>(slot + kTile.scales) + lane % 4;
-#pragma unroll
-  for (int c = 0; c < D / 8; c += kTogether) {
-    uint32_t b[4];
-    if (kFewProducts<Kind, D> && c % 2 == 0) __syncwarp();  // or more are under way than there are registers
-    ldmatrix_x4(b, opaque(row + 8 * c * kTile.value_pitch));
-#pragma unroll
-    for (int n = 0; n < kTogether; ++n) {
-      const float2 scale = scales[4 * (c + n)];
-#pragma unroll
-      for (int i = 0; i < Pieces; ++i) {
-        constexpr Sum kZero = kInt8 ? kMagicBits : 0;
-        Sum sum[4] = {kZero, kZero, kZero, kZero};
-#pragma unroll
-        for (int step = 0; step < Keys / 32; ++step) {
-          const uint32_t channels[2] = {b[2 * (n + step)], b[2 * (n + step) + 1]};
-          if constexpr (kInt8)
-            mma_u8s8(sum, p[i][step], channels, sum);
-          else
-            mma_e4m3(sum, p[i][step], channels, sum);
-        }
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float of_channel = e % 2 ? scale.y : scale.x;
-          float& to = o[i][c + n][e];
-          if constexpr (kInt8)
-            to = std::fma(without_magic(sum[e]) * of_channel, added[i][e / 2], to);
-          else
-            to = std::fma(sum[e], of_channel, to);
-        }
-      }
-    }
-  }
-}
-
 // Copies tiles of K and V of one head into slots.
 template <typename Kind, int D> struct TileCopy {
   static constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
   static constexpr int kThreads = KernelTile<Kind, D>::kThreads;
+  static constexpr int kBytes = Kind::kScoreBytes;
+  using Element = std::conditional_t<kBytes == 1, uint8_t, uint16_t>;
   const AttentionArgs& args;
   const Work& w;
 
+  __device__ int row_bytes() const { return (kBytes == 1 ? D : args.d) * kBytes; }  // of Q and K
   __device__ const uint8_t* from(const Tokens& t, int token, int bytes) const {
     return static_cast<const uint8_t*>(t.data) + t.at(w.key_sample, w.kv_head, token) * bytes;
   }
@@ -166,12 +31,17 @@ template <typename Kind, int D> struct TileCopy {
       cp_async<16>(slot + kTile.scales + 4 * i, numbers + i);
   }
 
+  __device__ void queries(uint8_t* to) const {
+    const int64_t first = args.q.at(w.sample, w.head, w.first_row) * kBytes;
+    copy_rows<kTile.rows(), D * kBytes, kTile.score_pitch, kThreads, Element>(
+        to, static_cast<const uint8_t*>(args.q.data) + first, args.q.token * kBytes, row_bytes(), w.rows,
+        args.pieces);
+  }
+
   __device__ void keys(uint8_t* slot, int tile) const {
-    const int first = tile * kTile.keys, token = w.first_key + first, count = w.keys - first;
-    constexpr int kBytes = Kind::kScoreBytes;
-    using Element = std::conditional_t<kBytes == 1, uint8_t, uint16_t>;
+    const int first = tile * kTile.keys;
     copy_rows<kTile.keys, D * kBytes, kTile.score_pitch, kThreads, Element>(
-        slot, from(args.k, token, kBytes), args.k.token * kBytes, (kBytes == 1 ? D : args.d) * kBytes, count,
+        slot, from(args.k, w.first_key + first, kBytes), args.k.token * kBytes, row_bytes(), w.keys - first,
         args.pieces);
     if constexpr (kBytes == 1)
       scales(slot, args.eight.k_scale + of_codes(first) * kCodeTile + first % kCodeTile, kTile.keys);
@@ -353,13 +223,7 @@ __global__ void __launch_bounds__(KernelTile<Kind, D>::kThreads, 2) attention_ke
 
     int tile = next_tile<kTile.keys>(w, 0), slot = 0;
     if (seen(tile)) {
-      copy_rows<kTile.rows(), D * Kind::kScoreBytes, kTile.score_pitch, K::kThreads,
-                std::conditional_t<Kind::kScoreBytes == 1, uint8_t, uint16_t>>(
-          q,
-          static_cast<const uint8_t*>(args.q.data) +
-              args.q.at(w.sample, w.head, w.first_row) * Kind::kScoreBytes,
-          args.q.token * Kind::kScoreBytes, (Kind::kScoreBytes == 1 ? D : args.d) * Kind::kScoreBytes, w.rows,
-          args.pieces);
+      copy.queries(q);
       copy.keys(memory(0), tile);
       cp_async_commit();
       if (K::kSlots == 3) copy.values(memory(1), tile);

@@ -166,6 +166,16 @@ void bind_traffic(py::module_& m) {
       "What the last call that returned has read and written, of each of its tensors in their order.");
 }
 
+void bind_device(py::module_& m) {
+  m.def("set_seed", &emulator::set_seed, "The order in which blocks and warps run from now on.");
+  m.def(
+      "set_processors", [](int count) { emulator::processors = count; },
+      "How many multiprocessors the device has from now on; 1 at first.");
+  m.def(
+      "set_e4m3", [](bool multiplies) { emulator::e4m3 = multiplies; },
+      "Whether the device multiplies e4m3 from now on; it does at first.");
+}
+
 }  // namespace
 
 // The CPU halves of the ops that are called whole.
@@ -183,13 +193,7 @@ void rfk::ada_norm_backward_cpu(const AdaNormBackwardCall&) {
 
 PYBIND11_MODULE(rfkernels_emulated, m) {
   bind_traffic(m);
-  m.def("set_seed", &emulator::set_seed, "The order in which blocks and warps run from now on.");
-  m.def(
-      "set_processors", [](int count) { emulator::processors = count; },
-      "How many multiprocessors the device has from now on; 1 at first.");
-  m.def(
-      "set_e4m3", [](bool multiplies) { emulator::e4m3 = multiplies; },
-      "Whether the device multiplies e4m3 from now on; it does at first.");
+  bind_device(m);
   m.def("linear_tile", &linear_tile, "The tile that linear takes: wide, middle or narrow.");
 
   def(m, "activation", &activation_cuda);
@@ -239,6 +243,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(test, "ptx_mma_fragments", &rfk::test::ptx_mma_fragments);
   def(test, "ptx_mma_product", &rfk::test::ptx_mma_product);
   def(test, "ptx_red_add", &rfk::test::ptx_red_add);
+  def(test, "ptx_round_pair", &rfk::test::ptx_round_pair);
   def(test, "ptx_stmatrix", &rfk::test::ptx_stmatrix);
   def(test, "swap_warps", &rfk::test::swap_warps);
   def(test, "use_block", &rfk::test::use_block);

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 F8 = torch.float8_e4m3fn
-FORMATS = {"f16": torch.float16, "bf16": torch.bfloat16, "s8": torch.int8, "e4m3": F8}
+FORMATS = {"f16": torch.float16, "bf16": torch.bfloat16, "s8": torch.int8, "u8s8": torch.int8, "e4m3": F8}
+INTEGERS = ("s8", "u8s8")  # in u8s8 the first operand is uint8
 MASK = 2**32 - 1
 every_format = pytest.mark.parametrize("format", FORMATS)
 
@@ -58,7 +59,7 @@ def to_registers(elements):
 
 def random_matrix(format, *shape, seed):
     generator = torch.Generator().manual_seed(seed)
-    if format == "s8":
+    if format in INTEGERS:
         return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
     return torch.randn(shape, generator=generator).to(FORMATS[format])
 
@@ -66,8 +67,10 @@ def random_matrix(format, *shape, seed):
 def random_operands(format, n=3):
     k = 32 // FORMATS[format].itemsize
     a, b = random_matrix(format, n, 16, k, seed=1), random_matrix(format, n, k, 8, seed=2)
-    c = random_matrix("s8" if format == "s8" else "f16", n, 16, 8, seed=3)
-    return a, b, c.to(torch.int64 if format == "s8" else torch.float32)
+    if format == "u8s8":
+        a = a.view(torch.uint8)
+    c = random_matrix("s8" if format in INTEGERS else "f16", n, 16, 8, seed=3)
+    return a, b, c.to(torch.int64 if format in INTEGERS else torch.float32)
 
 
 def mma(emulated, format, a, b, c):
@@ -108,7 +111,7 @@ def test_one_hot_fragments_show_the_layout(emulated, format):
     values = torch.cat([torch.arange(1.0, 17), -torch.arange(1.0, 17)])[:k]  # exact in every format
     b = values.view(1, k, 1).expand(n, k, 8).to(FORMATS[format])
     registers = to_registers(of_lanes(b.view(torch.int8) if format == "e4m3" else b, b_places, format))
-    c = torch.zeros(n, 16, 8, dtype=torch.int64 if format == "s8" else torch.float32)
+    c = torch.zeros(n, 16, 8, dtype=torch.int64 if format in INTEGERS else torch.float32)
     d = mma_of_registers(emulated, format, to_registers(held), registers, c)
     expected = torch.zeros_like(d)
     for at in range(n):
@@ -154,7 +157,7 @@ def test_s8_sums_wrap(emulated):
 def test_product_through_cp_async_and_ldmatrix(emulated, format):
     a, b, _ = random_operands(format, n=1)
     columns = b[0].view(torch.uint8 if format == "e4m3" else b.dtype).T.contiguous()
-    d = torch.zeros(16, 8, dtype=torch.int64 if format == "s8" else torch.float32)
+    d = torch.zeros(16, 8, dtype=torch.int64 if format in INTEGERS else torch.float32)
     emulated.test.ptx_mma_product(d, a[0].view(torch.int64), columns.view(torch.int64), format)
     assert_product(d, a[0], b[0], torch.zeros(16, 8))
 
@@ -233,6 +236,19 @@ def test_exp2_flushes_subnormal_results(emulated):
     y = torch.ones_like(x)
     emulated.test.ptx_exp2(y, x)
     assert y.tolist() == [2.0**-126, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("format", ["f16", "bf16", "e4m3"])
+def test_round_to_pair(emulated, format):
+    """Two floats to nearest even, the first in the low bits; e4m3 saturates."""
+    dtype = FORMATS[format]
+    x = torch.randn(600, generator=torch.Generator().manual_seed(11)) * 30
+    x[:8] = torch.tensor([0.0, -0.0, 1.0625, 1.1875, 449.0, -1000.0, 2.0**-9, 2.0**-10])
+    d = torch.zeros(300, dtype=torch.int64)
+    emulated.test.ptx_round_pair(d, x, format)
+    expected = (x.clamp(-448, 448) if format == "e4m3" else x).to(dtype).view(torch.uint8)
+    words = expected.view(300, -1).long()
+    assert torch.equal(d, (words << 8 * torch.arange(words.shape[1])).sum(1))
 
 
 def words(n, seed):

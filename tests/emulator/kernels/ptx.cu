@@ -9,16 +9,18 @@
 namespace rfk::test {
 namespace {
 
-enum class Format { f16, bf16, s8, e4m3 };
+enum class Format { f16, bf16, s8, u8s8, e4m3 };
 
-template <Format F> using Acc = std::conditional_t<F == Format::s8, int32_t, float>;
-template <Format F> using Stored = std::conditional_t<F == Format::s8, int64_t, float>;  // in tensors
+template <Format F> inline constexpr bool kIntegers = F == Format::s8 || F == Format::u8s8;
+template <Format F> using Acc = std::conditional_t<kIntegers<F>, int32_t, float>;
+template <Format F> using Stored = std::conditional_t<kIntegers<F>, int64_t, float>;  // in tensors
 
 template <Format F>
 __device__ void mma(Acc<F> (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Acc<F> (&c)[4]) {
   if constexpr (F == Format::f16) mma_f16(d, a, b, c);
   if constexpr (F == Format::bf16) mma_bf16(d, a, b, c);
   if constexpr (F == Format::s8) mma_s8(d, a, b, c);
+  if constexpr (F == Format::u8s8) mma_u8s8(d, a, b, c);
   if constexpr (F == Format::e4m3) mma_e4m3(d, a, b, c);
 }
 
@@ -27,8 +29,9 @@ template <typename Function> void dispatch_format(const std::string& name, Funct
   if (name == "f16") return f.template operator()<Format::f16>();
   if (name == "bf16") return f.template operator()<Format::bf16>();
   if (name == "s8") return f.template operator()<Format::s8>();
+  if (name == "u8s8") return f.template operator()<Format::u8s8>();
   if (name == "e4m3") return f.template operator()<Format::e4m3>();
-  fail("expected f16, bf16, s8 or e4m3, got ", name);
+  fail("expected f16, bf16, s8, u8s8 or e4m3, got ", name);
 }
 
 // One warp per block, one product per warp.
@@ -134,6 +137,15 @@ __global__ void fma_pair_kernel(int64_t* d, const int64_t* a, const int64_t* b, 
   d[i] = is_bf16 ? fma_bf16x2(x, y, z) : fma_f16x2(x, y, z);
 }
 
+template <Format F> __global__ void round_pair_kernel(int64_t* d, const float* x, int64_t n) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const float low = x[2 * i], high = x[2 * i + 1];
+  d[i] = F == Format::f16    ? round_to_f16x2(low, high)
+         : F == Format::bf16 ? round_to_bf16x2(low, high)
+                             : round_to_e4m3x2(low, high);
+}
+
 template <int... Table>
 __device__ void every_lop3(int64_t* d, int64_t n, uint32_t a, uint32_t b, uint32_t c,
                            std::integer_sequence<int, Table...>) {
@@ -214,6 +226,13 @@ void ptx_fma_pair(Stream stream, const TensorView& d, const TensorView& a, const
                   const TensorView& c, bool is_bf16) {
   launch("ptx_fma_pair", fma_pair_kernel, blocks_of_32(d.numel()), dim3(32), 0, cudaStream_t(stream),
          d.ptr<int64_t>(), a.ptr<int64_t>(), b.ptr<int64_t>(), c.ptr<int64_t>(), d.numel(), is_bf16);
+}
+
+void ptx_round_pair(Stream stream, const TensorView& d, const TensorView& x, const std::string& format) {
+  dispatch_format(format, [&]<Format F>() {
+    launch("ptx_round_pair", round_pair_kernel<F>, blocks_of_32(d.numel()), dim3(32), 0, cudaStream_t(stream),
+           d.ptr<int64_t>(), x.ptr<float>(), d.numel());
+  });
 }
 
 void ptx_lop3(Stream stream, const TensorView& d, const TensorView& a, const TensorView& b,

@@ -6,18 +6,18 @@
 
 // Kernels that do one thing each with the functions of core/ptx.cuh, for tests/emulator/test_ptx.py:
 // ptx_mma_fragments, ptx_mma_product, ptx_ldmatrix, ptx_stmatrix, ptx_cp_async, ptx_red_add, ptx_exp2,
-// ptx_byte_permute, ptx_fma_pair, ptx_lop3. A 32-bit register of a lane is an i64 element. `format` is f16,
-// bf16, s8 or e4m3.
+// ptx_byte_permute, ptx_fma_pair, ptx_round_pair, ptx_lop3. A 32-bit register of a lane is an i64 element.
+// `format` is f16, bf16, s8, u8s8 (a is unsigned) or e4m3.
 
 namespace rfk::test {
 
 // d = a b + c for fragments as the lanes hold them; one warp for every product.
-// d, c: f32[n, 32, 4], or i64 for s8; a: i64[n, 32, 4]; b: i64[n, 32, 2].
+// d, c: f32[n, 32, 4], or i64 for s8 and u8s8; a: i64[n, 32, 4]; b: i64[n, 32, 2].
 void ptx_mma_fragments(Stream stream, const TensorView& d, const TensorView& a, const TensorView& b,
                        const TensorView& c, const std::string& format);
 
-// d = a b^T by cp.async, ldmatrix and mma. d: f32[16, 8], or i64 for s8; a: 16 rows and b: 8 rows of 32
-// bytes.
+// d = a b^T by cp.async, ldmatrix and mma. d: f32[16, 8], or i64 for s8 and u8s8; a: 16 rows and b: 8 rows of
+// 32 bytes.
 void ptx_mma_product(Stream stream, const TensorView& d, const TensorView& a, const TensorView& b,
                      const std::string& format);
 
@@ -46,6 +46,9 @@ void ptx_byte_permute(Stream stream, const TensorView& d, const TensorView& a, c
 // d = fma_f16x2(a, b, c) or fma_bf16x2(a, b, c). All: i64[n].
 void ptx_fma_pair(Stream stream, const TensorView& d, const TensorView& a, const TensorView& b,
                   const TensorView& c, bool is_bf16);
+
+// d[i] = round_to_f16x2, bf16x2 or e4m3x2 of x[2 i] and x[2 i + 1], by `format`. d: i64[n], x: f32[2 n].
+void ptx_round_pair(Stream stream, const TensorView& d, const TensorView& x, const std::string& format);
 
 // d[table] = lop3<table>(a, b, c) for every table. d: i64[256, n]; a, b, c: i64[n].
 void ptx_lop3(Stream stream, const TensorView& d, const TensorView& a, const TensorView& b,
