@@ -65,8 +65,9 @@ template <typename L, bool kIntegers, int Degree, typename A> inline void move_t
   }
 }
 
-// Exponents so large that their rounding shows become differences from the row's top, which are exact.
-inline constexpr float kLargeExponent = 1 << 16;
+// Exponents so large that their rounding shows (a code of 255.5 would be one too many) become differences
+// from the row's top, which are exact.
+inline constexpr float kLargeExponent = 1 << 12;
 
 template <typename L, bool kBias, typename A> inline void take_top(const SoftmaxTile<A>& t, int i, A top) {
   const auto factor = L::set(kBias ? A(1) : t.factor[i]), taken = L::set(top);
