@@ -74,7 +74,8 @@ def attention(
             (float64) `[batch, heads, rows]`, packed `[heads, tokens]`; for `attention_merge`.
 
     A query that sees no key has the result 0 and lse -infinity. A NaN or an infinity makes NaN of the
-    queries that see it and of no other. Results depend on the sample alone, not on what it is batched,
+    queries that see it and of no other (in full precision on CUDA an infinity follows IEEE 754: a score of
+    -infinity has the weight 0). Results depend on the sample alone, not on what it is batched,
     padded or packed with, and are the same in every run.
 
     Gradients of q, k, v, bias and factor; that of packed CUDA sequences reads `cu_seqlens` on the host.

