@@ -7,16 +7,18 @@
 
 namespace rfk {
 
-inline constexpr int kSumTile = 512;   // keys of a partial sum of the mean
+inline constexpr int kSumTile = 512;              // keys of a partial sum of the mean
 inline constexpr int kRowSums = 2, kKeySums = 4;  // of a tile, for the expected error: see ErrorTerms
 
-// A mean square of a tile of tokens: of q |q|^2 and the square of its largest, of k and v these and |v|^2, and
-// the squares of the steps of v.
+// A mean square of a tile of tokens: of q |q|^2 and the square of its largest, of k and v these and |v|^2,
+// and the squares of the steps of v.
 struct Workspace {
-  uint8_t *q = nullptr, *k = nullptr, *v = nullptr;  // codes [batch, heads, tokens, padded d]; EightBits::v_codes
+  uint8_t *q = nullptr, *k = nullptr,
+          *v = nullptr;  // codes [batch, heads, tokens, padded d]; EightBits::v_codes
   EightBits eight;
-  float* key_sums = nullptr;                      // [tile of 512, kv_heads, padded d]
-  float *row_stats = nullptr, *key_stats = nullptr;  // [tile of 64, heads, kRowSums], [.., kv_heads, kKeySums]
+  float* key_sums = nullptr;  // [tile of 512, kv_heads, padded d]
+  float *row_stats = nullptr,
+        *key_stats = nullptr;  // [tile of 64, heads, kRowSums], [.., kv_heads, kKeySums]
   int64_t bytes = 0;
 };
 
@@ -33,7 +35,8 @@ inline Workspace workspace_of(const AttentionArgs& a, int64_t batch, void* memor
   take(w.q, batch * a.heads * a.rows * d);
   take(w.k, batch * a.kv_heads * a.keys * d);
   // Of float32 tensors V may become bf16 instead of codes, in the order of the tokens.
-  take(w.v, std::max(key_tiles * d * kCodeTile, a.dtype == DType::f32 ? 2 * batch * a.kv_heads * a.keys * d : 0));
+  take(w.v,
+       std::max(key_tiles * d * kCodeTile, a.dtype == DType::f32 ? 2 * batch * a.kv_heads * a.keys * d : 0));
   take(w.eight.q_scale, batch * a.heads * a.rows);
   take(w.eight.q_mean, batch * a.heads * a.rows);
   take(w.eight.k_scale, key_tiles * kCodeTile);
