@@ -19,10 +19,11 @@ template <int Rows, int Width, int Pitch, int Threads, typename Element = uint16
 __device__ __forceinline__ void copy_rows(uint8_t* to, const uint8_t* from, int64_t stride, int bytes,
                                           int count, bool whole) {
   constexpr int kPieces = Width / 16, kSize = int(sizeof(Element));
-  const int thread = opaque(int(threadIdx.x));
+  const unsigned thread = opaque(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < (Rows * kPieces + Threads - 1) / Threads; ++i) {
-    const int at = thread + i * Threads, row = at / kPieces, piece = at % kPieces;
+    const unsigned at = thread + i * Threads;
+    const int row = int(at / kPieces), piece = int(at % kPieces);
     if (Rows * kPieces % Threads && row >= Rows) break;
     const uint8_t* const source = from + row * stride + 16 * piece;
     uint8_t* const target = to + row * Pitch + piece_of_row<Pitch>(row, piece);

@@ -70,7 +70,7 @@ __device__ __forceinline__ void store_rows(const float (&o)[Pieces][D / 8][4], c
     T* const to = out_of<T>(args, w, warp_row + row);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
-      const int c = 8 * j + 2 * (int(threadIdx.x) % 4);
+      const int c = 8 * j + 2 * int(threadIdx.x % 4);
       const float x = o[i][j][2 * h] * inverse[i][h], y = o[i][j][2 * h + 1] * inverse[i][h];
       if (c < args.d && args.out_pairs) {
         struct alignas(2 * sizeof(T)) Pair {
@@ -119,37 +119,53 @@ __device__ __forceinline__ void finish_rows(const float (&o)[Pieces][D / 8][4], 
   dispatch_result<Kind>(args, [&]<typename T>() { store_rows<T, D, Pieces>(o, inverse, args, w, warp_row); });
 }
 
+// What a block has in shared memory because it takes no registers there, of which there are none to spare:
+// its work; of its rows, units of codes, and where values are codes the largest score so far and the sum of
+// weights.
+template <typename Kind, int D> struct alignas(16) BlockMemory {
+  static constexpr int kRows = KernelTile<Kind, D>::kTile.rows();
+  static constexpr bool kHasUnits = Kind::kScoreBytes == 1, kKeeps = Kind::kValueBytes == 1;
+  Work work;
+  float2 kept[kKeeps ? kRows : 1];
+  float units[kHasUnits ? kRows : 1];
+
+  __device__ void fill(const AttentionArgs& args, const Work& w) {
+    const int row = int(threadIdx.x);
+    if (row == 0) work = w;
+    if (kKeeps && row < kRows) kept[row] = {-INFINITY, 0};
+    const int64_t first = (int64_t(w.sample) * args.heads + w.head) * args.rows + w.first_row;
+    if (kHasUnits && row < kRows)
+      units[row] = row < w.rows ? args.unit * args.eight.q_scale[first + row] : 0.0f;
+    __syncthreads();
+  }
+};
+
 // What one warp keeps from tile to tile.
 template <typename Kind, int D> struct WarpRows {
   static constexpr int kPieces = KernelTile<Kind, D>::kPieces, kKeys = KernelTile<Kind, D>::kKeys;
+  static constexpr bool kKept = BlockMemory<Kind, D>::kKeeps;
   const AttentionArgs& args;
-  const Work& w;
-  // In shared memory, of the tile's rows: units of codes; and where values are codes the largest score so far
-  // and the sum of weights, for which there are no registers.
-  const float* const units;
-  float2* const kept;
-  static constexpr bool kKept = Kind::kValueBytes == 1;
+  BlockMemory<Kind, D>& memory;
   typename KernelTile<Kind, D>::Outputs o = {};
   RowSums<kPieces> rows;
   Weights<Kind, kKeys> p[kPieces];
   OfRows<kPieces> added;
 
-  __device__ WarpRows(const AttentionArgs& args, const Work& w, const float* units, float2* kept)
-      : args(args), w(w), units(units), kept(kept) {}
+  __device__ WarpRows(const AttentionArgs& args, BlockMemory<Kind, D>& memory) : args(args), memory(memory) {}
   __device__ int row() const {
-    return opaque(int(threadIdx.x)) / 32 * 16 * kPieces;
+    return int(opaque(threadIdx.x) / 32 * 16 * kPieces);
   }  // of the warp, in the tile
-  __device__ bool has_rows() const { return row() < w.rows; }
+  __device__ bool has_rows() const { return row() < memory.work.rows; }
 
   __device__ void read_sums(float& top, float& sum, int i, int h, int r) const {
-    top = kKept ? kept[r].x : rows.top[i][h];
-    sum = !kKept ? rows.sum[i][h] : threadIdx.x % 4 == 0 ? kept[r].y : 0.0f;
+    top = kKept ? memory.kept[r].x : rows.top[i][h];
+    sum = !kKept ? rows.sum[i][h] : threadIdx.x % 4 == 0 ? memory.kept[r].y : 0.0f;
   }
   __device__ void write_sums(float top, float sum, int i, int h, int r) {
     if constexpr (kKept) {
       sum = sum_of_quad(sum);
       __syncwarp();  // its lanes have read them
-      if (threadIdx.x % 4 == 0) kept[r] = {top, sum};
+      if (threadIdx.x % 4 == 0) memory.kept[r] = {top, sum};
     } else {
       rows.top[i][h] = top, rows.sum[i][h] = sum;
     }
@@ -160,14 +176,15 @@ template <typename Kind, int D> struct WarpRows {
       for_rows<kPieces>(
           [&](int i, int h, int r) { read_sums(rows.top[i][h], rows.sum[i][h], i, h, row() + r); });
     }
-    finish_rows<Kind, D, kPieces>(o, rows, args, w, row());
+    finish_rows<Kind, D, kPieces>(o, rows, args, memory.work, row());
   }
 
   __device__ void weigh(const uint8_t* q, const uint8_t* slot, int tile) {
     const int row = this->row();
+    const Work& w = memory.work;
     Scores<kPieces, kKeys> s;
     multiply_keys<Kind, D, kKeys, kPieces>(s, q + row * KernelTile<Kind, D>::kTile.score_pitch, slot);
-    const auto unit = [&](int r) { return Kind::kScoreBytes == 1 ? units[row + r] : args.unit; };
+    const auto unit = [&](int r) { return Kind::kScoreBytes == 1 ? memory.units[row + r] : args.unit; };
     const bool late = args.scales_late();
     if (!late) scale_scores<kKeys, kPieces>(s, unit, args, w, row, tile);
     if (w.keys < (tile + 1) * kKeys) hide_keys<kKeys, kPieces>(s, w.keys - tile * kKeys);
@@ -203,33 +220,25 @@ __global__ void __launch_bounds__(KernelTile<Kind, D>::kThreads, 2) attention_ke
     if (!found.valid)
       return dispatch_result<Kind>(args, [&]<typename T>() { fill_with_nan<T>(args, found); });
     if (found.rows <= 0 || is_of_another_kernel(args, found)) return;
-    __shared__ Work w;  // there it takes no registers, of which there are none to spare
-    if (threadIdx.x == 0) w = found;
-    __shared__ float units[Kind::kScoreBytes == 1 ? kTile.rows() : 1];
-    __shared__ float2 kept[WarpRows<Kind, D>::kKept ? kTile.rows() : 1];
-    if (WarpRows<Kind, D>::kKept && int(threadIdx.x) < kTile.rows()) kept[threadIdx.x] = {-INFINITY, 0};
-    if (Kind::kScoreBytes == 1 && int(threadIdx.x) < kTile.rows()) {
-      const int64_t first = (int64_t(found.sample) * args.heads + found.head) * args.rows + found.first_row;
-      units[threadIdx.x] =
-          int(threadIdx.x) < found.rows ? args.unit * args.eight.q_scale[first + threadIdx.x] : 0.0f;
-    }
-    __syncthreads();
-
     uint8_t *const q = dynamic_shared<uint8_t>(), *const ring = q + kTile.q_bytes;
+    auto& memory = *reinterpret_cast<BlockMemory<Kind, D>*>(q + kTile.shared());
+    memory.fill(args, found);
+    const Work& w = memory.work;
+
     const auto seen = [&](int tile) { return tile * kTile.keys < w.keys; };
     const TileCopy<Kind, D> copy{args, w};
     const auto slot_after = [](int slot, int steps) { return (slot + steps) % K::kSlots; };
-    const auto memory = [&](int slot) { return ring + slot * kTile.slot_bytes; };
+    const auto slot_memory = [&](int slot) { return ring + slot * kTile.slot_bytes; };
 
     int tile = next_tile<kTile.keys>(w, 0), slot = 0;
     if (seen(tile)) {
       copy.queries(q);
-      copy.keys(memory(0), tile);
+      copy.keys(slot_memory(0), tile);
       cp_async_commit();
-      if (K::kSlots == 3) copy.values(memory(1), tile);
+      if (K::kSlots == 3) copy.values(slot_memory(1), tile);
       if (K::kSlots == 3) cp_async_commit();
     }
-    WarpRows<Kind, D> warp(args, w, units, kept);
+    WarpRows<Kind, D> warp(args, memory);
 #pragma unroll 1
     while (seen(tile)) {
       const int next = next_tile<kTile.keys>(w, tile + 1);
@@ -237,20 +246,20 @@ __global__ void __launch_bounds__(KernelTile<Kind, D>::kThreads, 2) attention_ke
       cp_async_wait<K::kSlots - 2>();
       __syncthreads();  // K is there, and the slot written next has been read by all; so below with V
       if (K::kSlots == 2)
-        copy.values(memory(slot_after(slot, 1)), tile);
+        copy.values(slot_memory(slot_after(slot, 1)), tile);
       else if (more)
-        copy.keys(memory(slot_after(slot, 2)), next);
+        copy.keys(slot_memory(slot_after(slot, 2)), next);
       cp_async_commit();
-      if (warp.has_rows()) warp.weigh(q, memory(slot), tile);
+      if (warp.has_rows()) warp.weigh(q, slot_memory(slot), tile);
       slot = slot_after(slot, 1);
 
       cp_async_wait<K::kSlots - 2>();
       __syncthreads();
       if (more)
-        K::kSlots == 2 ? copy.keys(memory(slot_after(slot, 1)), next)
-                       : copy.values(memory(slot_after(slot, 2)), next);
+        K::kSlots == 2 ? copy.keys(slot_memory(slot_after(slot, 1)), next)
+                       : copy.values(slot_memory(slot_after(slot, 2)), next);
       cp_async_commit();
-      if (warp.has_rows()) warp.add_values(memory(slot));
+      if (warp.has_rows()) warp.add_values(slot_memory(slot));
       slot = slot_after(slot, 1);
       tile = next;
     }
@@ -263,7 +272,8 @@ template <typename Kind> void launch_attention(Stream stream, const AttentionArg
   const auto run = [&]<int D>() {
     constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
     launch("attention", attention_kernel<Kind, D>, attention_grid(args, kTile.rows()),
-           dim3(KernelTile<Kind, D>::kThreads), kTile.shared(), cudaStream_t(stream), args);
+           dim3(KernelTile<Kind, D>::kThreads), kTile.shared() + sizeof(BlockMemory<Kind, D>),
+           cudaStream_t(stream), args);
   };
   switch (padded_head(args.d, Kind::kScoreBytes)) {
     case 64: return run.template operator()<64>();

@@ -22,7 +22,7 @@ __device__ __forceinline__ void multiply_keys(Scores<Pieces, Keys>& s, const uin
   constexpr AttentionTile kTile = KernelTile<Kind, D>::kTile;
   constexpr bool kCoded = Kind::kScoreBytes == 1;
   using Sum = std::conditional_t<kCoded, int32_t, float>;
-  const int lane = opaque(int(threadIdx.x)) % 32;
+  const int lane = int(opaque(threadIdx.x) % 32);
   constexpr int kPitch = kTile.score_pitch;
   const uint8_t* const a_row = q + lane % 16 * kPitch;
   const uint8_t* const b_row = slot + (lane % 8 + lane / 16 * 8) * kPitch;
@@ -75,7 +75,7 @@ template <typename Kind, int D, int Keys, int Pieces>
 __device__ __forceinline__ void multiply_values(float (&o)[Pieces][D / 8][4],
                                                 const Weights<Kind, Keys> (&p)[Pieces], const uint8_t* slot) {
   constexpr int kPitch = KernelTile<Kind, D>::kTile.value_pitch;
-  const int lane = opaque(int(threadIdx.x)) % 32;
+  const int lane = int(opaque(threadIdx.x) % 32);
   const uint8_t* const row = slot + lane % 16 * kPitch;
 #pragma unroll
   for (int step = 0; step < Keys / 16; ++step)
@@ -92,10 +92,6 @@ __device__ __forceinline__ void multiply_values(float (&o)[Pieces][D / 8][4],
     }
 }
 
-// Whether the compiler must be kept from having many products under way: found by its spills.
-template <typename Kind, int D>
-inline constexpr bool kFewProducts = Kind::kValues == Values::int8 && (D <= 96 || !kMultipliesE4m3);
-
 // The same of eight bits: the sum of a tile is exact, or in the tensor core's own precision, before it is
 // scaled and added. A load has 64 keys of 8 channels, or 32 of 16.
 template <typename Kind, int D, int Keys, int Pieces>
@@ -106,14 +102,15 @@ __device__ __forceinline__ void multiply_codes(float (&o)[Pieces][D / 8][4],
   constexpr bool kInt8 = Kind::kValues == Values::int8;
   constexpr int kTogether = 64 / Keys;
   using Sum = std::conditional_t<kInt8, int32_t, float>;
-  const int lane = opaque(int(threadIdx.x)) % 32, piece = lane / 8 % (Keys / 16),
+  const int lane = int(opaque(threadIdx.x) % 32), piece = lane / 8 % (Keys / 16),
             channel = lane % 8 + lane / 8 / (Keys / 16) * 8;
   const uint8_t* const row = slot + channel * kTile.value_pitch + piece * 16;
   const float2* const scales = reinterpret_cast<const float2*>(slot + kTile.scales) + lane % 4;
 #pragma unroll
   for (int c = 0; c < D / 8; c += kTogether) {
     uint32_t b[4];
-    if (kFewProducts<Kind, D> && c % 2 == 0) __syncwarp();  // or more are under way than there are registers
+    // Found by what spills: the narrow heads need it on sm_120 as well.
+    if (kInt8 && c % 2 == 0) D <= 96 ? __syncwarp() : fence_products();
     ldmatrix_x4(b, opaque(row + 8 * c * kTile.value_pitch));
 #pragma unroll
     for (int n = 0; n < kTogether; ++n) {

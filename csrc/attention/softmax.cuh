@@ -31,20 +31,20 @@ __device__ __forceinline__ float sum_of_quad(float v) {
 
 // f(i, h, row) for the lane's rows, `row` counted in the warp
 template <int Pieces, typename F> __device__ __forceinline__ void for_rows(F f) {
-  const int thread = opaque(int(threadIdx.x));
+  const unsigned thread = opaque(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < Pieces; ++i)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) f(i, h, 16 * i + 8 * h + thread % 32 / 4);
+    for (int h = 0; h < 2; ++h) f(i, h, 16 * i + 8 * h + int(thread % 32 / 4));
 }
 
 // f(j, e, key) for the lane's keys of a tile, `key` counted in it
 template <int Keys, typename F> __device__ __forceinline__ void for_keys(F f) {
-  const int thread = opaque(int(threadIdx.x));
+  const unsigned thread = opaque(threadIdx.x);
 #pragma unroll
   for (int j = 0; j < Keys / 8; ++j)
 #pragma unroll
-    for (int e = 0; e < 2; ++e) f(j, e, 8 * j + 2 * (thread % 4) + e);
+    for (int e = 0; e < 2; ++e) f(j, e, 8 * j + 2 * int(thread % 4) + e);
 }
 
 // s = s unit + bias log2(e); `bias` points to the tile's first key of the warp's first row
@@ -54,7 +54,7 @@ __device__ __forceinline__ void add_bias(Scores<Pieces, Keys>& s, Unit unit, con
   constexpr float kLog2E = 1.4426950408889634f;
   for_rows<Pieces>([&](int i, int h, int row) {
     const B* const of_lane =
-        opaque(bias + std::min(row, rows - 1) * stride + 2 * (opaque(int(threadIdx.x)) % 4));
+        opaque(bias + std::min(row, rows - 1) * stride + 2 * int(opaque(threadIdx.x) % 4));
     for_keys<Keys>([&](int j, int e, int key) {
       const float b = key < keys ? load(of_lane[8 * j + e]) : 0.0f;
       s[i][j][2 * h + e] = std::fma(s[i][j][2 * h + e], unit(row), b * kLog2E);
@@ -135,7 +135,7 @@ __device__ __forceinline__ void multiply_factor(Scores<Pieces, Keys>& s, const A
                              1 - w.row - warp_row + tile * Keys;
   for_rows<Pieces>([&](int i, int h, int row) {
     const float* const of_lane =
-        opaque(table - std::min(row, w.rows - warp_row - 1) + 2 * (int(threadIdx.x) % 4));
+        opaque(table - std::min(row, w.rows - warp_row - 1) + 2 * int(threadIdx.x % 4));
     for_keys<Keys>(
         [&](int j, int e, int key) { s[i][j][2 * h + e] *= key < keys ? of_lane[8 * j + e] : 0.0f; });
   });

@@ -259,6 +259,14 @@ inline constexpr bool kMultipliesE4m3 = true;
 inline constexpr bool kMultipliesE4m3 = false;
 #endif
 
+// Keeps nvcc from having more mma under way than there are registers: a __syncwarp, but not on sm_120, where
+// one makes it spill (nvcc 13.0).
+__device__ __forceinline__ void fence_products() {
+#if __CUDA_ARCH__ < 1200
+  __syncwarp();
+#endif
+}
+
 // cvt.rn.f16x2.f32, cvt.rn.bf16x2.f32: two floats rounded to nearest even, `low` in the low bits
 __device__ __forceinline__ uint32_t round_to_f16x2(float low, float high) {
   uint32_t d;

@@ -266,6 +266,8 @@ __attribute__((noinline, no_sanitize_thread)) inline void red_add_bf16x2(uint32_
 
 inline constexpr bool kMultipliesE4m3 = true;
 
+__forceinline__ void fence_products() {}
+
 __forceinline__ uint32_t round_to_f16x2(float low, float high) {
   return store<f16>(low).bits | uint32_t(store<f16>(high).bits) << 16;
 }
