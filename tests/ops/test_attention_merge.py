@@ -85,7 +85,7 @@ def test_result_is_rounded_once(dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 @pytest.mark.parametrize("shape", [*SHAPES[:-1], (2, 40_011)], ids=str)
-def test_kernels_give_the_same_bits(count, shape, dtype):
+def test_emulated_kernel_gives_the_same_bits(count, shape, dtype):
     outs, lses = parts(count, shape, dtype)
     lses[-1].view(-1)[0] = -INF
     here, there = merge("cpu", outs, lses), merge("emulated", outs, lses)

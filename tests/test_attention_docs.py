@@ -13,7 +13,7 @@ from rfkernels import ops
 from rfkernels.ops.attention import PRECISIONS
 
 pytest.importorskip("diffusers")
-PAGE = Path(__file__).parents[2] / "docs" / "attention.md"
+PAGE = Path(__file__).parents[1] / "docs" / "attention.md"
 DOC = PAGE.read_text()
 CODE = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
 
