@@ -73,8 +73,8 @@ template <Product S> class Attend {
   static constexpr bool kCodes = S == Product::int8;
 
  public:
-  Attend(const AttentionCall& c, const HeadLayout& l, const Problem& p, int64_t head, int64_t first,
-         int64_t last, const char* panels, const Scratch& s)
+  Attend(const AttentionCall& c, const PanelLayout& l, const Problem& p, int64_t head, int64_t first,
+         int64_t last, char* panels, const Scratch& s)
       : c_(c),
         l_(l),
         p_(p),
@@ -89,7 +89,7 @@ template <Product S> class Attend {
     for (int64_t t = 0; t < row_tiles(); ++t) pack_queries(t);
     bool fresh = true;  // sums of values are 0
     for (int64_t tile = 0; tile < p_.tiles(); ++tile) {
-      const TilePanels panels(l_, const_cast<char*>(panels_) + tile * l_.tile());
+      const TilePanels panels(l_, panels_ + tile * l_.tile());
       find_panels(tile);
       if (count_ == 0) continue;
       for (int64_t t = 0; t < row_tiles(); ++t) add_tile(t, tile, panels, fresh);
@@ -113,7 +113,7 @@ template <Product S> class Attend {
   int64_t sample() const { return c_.packed() ? 0 : p_.sequence; }
 
   void pack_queries(int64_t t) const {
-    const Tokens q = queries_of(c_, p_, head_);
+    const HeadTokens q = queries_of(c_, p_, head_);
     const int64_t width = l_.steps * numbers_of(S);
     Number* const numbers = reinterpret_cast<Number*>(s_.decoded);
     const A by = A(c_.scale == 0 ? kLog2e : std::fabs(c_.scale) * kLog2e);
@@ -144,12 +144,12 @@ template <Product S> class Attend {
   // Factors are positive: the sign of the scale, or its being 0, goes to the queries.
   A sign() const { return c_.scale > 0 ? 1 : c_.scale < 0 ? -1 : 0; }
 
-  CodedRow code_query(int8_t* codes, const Tokens& q, int64_t row) const {
+  CodedRow code_query(int8_t* codes, const HeadTokens& q, int64_t row) const {
     static constexpr float kZeros[kMaxHeadDim] = {};
-    const float* const mean = p_.keys ? TilePanels(l_, const_cast<char*>(panels_)).mean_sums : kZeros;
+    const float* const mean = p_.keys ? TilePanels(l_, panels_).mean_sums : kZeros;
     CodedRow coded;
     dispatch_float("attention", q.dtype, [&]<typename T>() {
-      coded = code_row<Row::query>(codes, q.row_of<T>(row), mean, float(sign()), l_.d);
+      coded = code_row<RowIs::query>(codes, q.row_of<T>(row), mean, float(sign()), l_.d);
     });
     return coded;
   }
@@ -193,12 +193,16 @@ template <Product S> class Attend {
     add_values(t, panels, fresh);
   }
 
+  // One row for all is read with the first rows of a tile and stays.
   void read_bias(SoftmaxTile<A>& s, int64_t t, int64_t tile) const {
     const TensorView& b = *c_.bias;
     A* const to = reinterpret_cast<A*>(s_.bias);
-    const int64_t given = b.shape[2] > 1 ? rows(t) : 1;
-    for (int64_t i = 0; i < given; ++i) {
-      const int64_t row = b.shape[2] > 1 ? first_ + t * kMostRows + i : 0;
+    const bool by_row = b.shape[2] > 1;
+    s.bias = to;
+    if (!by_row) s.bias_stride = 0;
+    if (!by_row && t > 0) return;
+    for (int64_t i = 0; i < (by_row ? rows(t) : 1); ++i) {
+      const int64_t row = by_row ? first_ + t * kMostRows + i : 0;
       const int64_t at = (b.shape[0] > 1 ? p_.sequence * b.stride[0] : 0) +
                          (b.shape[1] > 1 ? head_ * b.stride[1] : 0) + row * b.stride[2] + tile * kWeightKeys;
       for (int panel = 0; panel < count_; ++panel) {
@@ -209,8 +213,6 @@ template <Product S> class Attend {
       }
       multiply(to + i * kWeightKeys, A(kLog2e), count_ * kPanel);
     }
-    s.bias = to;
-    if (given == 1) s.bias_stride = 0;
   }
 
   // The entries that the tile needs, ones behind the last key.
@@ -272,11 +274,11 @@ template <Product S> class Attend {
   }
 
   const AttentionCall& c_;
-  const HeadLayout& l_;
+  const PanelLayout& l_;
   const Problem& p_;
   const Scratch& s_;
   int64_t head_, first_, last_;
-  const char* panels_;
+  char* panels_;
   decltype(softmax_of<S>(Product::f32)) softmax_;
   int panels_seen_[kPanels], keys_[kPanels], count_ = 0, tail_ = kPanel;
 };
@@ -285,8 +287,8 @@ template <Product S> class Attend {
 
 void attend(const AttentionCall& call, const AttentionPlan& plan, const Problem& problem, int64_t head,
             int64_t first, int64_t last, bool eight_bits, const Scratch& scratch) {
-  const HeadLayout& layout = eight_bits ? plan.eight : plan.full;
-  const char* const panels = problem.panels[eight_bits ? 0 : 1];
+  const PanelLayout& layout = eight_bits ? plan.eight : plan.full;
+  char* const panels = problem.panels[eight_bits ? 0 : 1];
   const auto with = [&]<Product S>() {
     Attend<S>(call, layout, problem, head, first, last, panels, scratch).run();
   };

@@ -29,7 +29,7 @@ struct Scratch {
 void attend(const AttentionCall& call, const AttentionPlan& plan, const Problem& problem, int64_t head,
             int64_t first, int64_t last, bool eight_bits, const Scratch& scratch);
 
-inline Tokens queries_of(const AttentionCall& c, const Problem& p, int64_t head) {
+inline HeadTokens queries_of(const AttentionCall& c, const Problem& p, int64_t head) {
   const TensorView& q = c.q;
   const int64_t sample = c.packed() ? 0 : p.sequence;
   const int64_t at = sample * q.stride[0] + head * q.stride[1] + p.row * q.stride[2];

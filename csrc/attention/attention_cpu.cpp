@@ -13,8 +13,7 @@ namespace {
 class Waves {
  public:
   Waves(const AttentionCall& c, const AttentionPlan& p) : c_(c), p_(p) {
-    char* at = c.workspace->ptr<char>();
-    at += (kLine - reinterpret_cast<uintptr_t>(at) % kLine) % kLine;
+    char* const at = first_line(*c.workspace);
     problems_ = reinterpret_cast<Problem*>(at);
     region_ = at + lines(AttentionPlan::kMostProblems * sizeof(Problem));
     threads_ = region_ + p.region;
@@ -90,10 +89,10 @@ class Waves {
     return *(std::upper_bound(problems_, problems_ + count_, index, behind) - 1);
   }
 
-  Tokens keys(const Problem& p) const {
+  HeadTokens keys(const Problem& p) const {
     return {p.k, c_.k.stride[2] * size_of(c_.k.dtype), c_.d, c_.k.dtype};
   }
-  Tokens values(const Problem& p) const {
+  HeadTokens values(const Problem& p) const {
     return {p.v, c_.v.stride[2] * size_of(c_.v.dtype), c_.d, c_.v.dtype};
   }
   int64_t tile_of(const Problem& p, int64_t index) const { return index - p.first_tile; }
@@ -183,11 +182,11 @@ class Waves {
     double sums[4] = {}, q_squares = 0, q_tops = 0;
     for (int64_t tile = 0; tile < p.tiles(); ++tile)
       for (int i = 0; i < 4; ++i) sums[i] += eight(p, tile).statistics[i];
-    const Tokens q = queries_of(c_, p, p.kv_head * group() + g);
+    const HeadTokens q = queries_of(c_, p, p.kv_head * group() + g);
     const float zeros[kMaxHeadDim] = {};
     dispatch_float("attention", q.dtype, [&]<typename T>() {
       for (int64_t i = 0; i < p.rows; ++i) {
-        const CodedRow coded = code_row<Row::squares>(nullptr, q.row_of<T>(i), zeros, 1.0f, c_.d);
+        const CodedRow coded = code_row<RowIs::squares>(nullptr, q.row_of<T>(i), zeros, 1.0f, c_.d);
         q_squares += coded.squares, q_tops += double(coded.top) * coded.top;
       }
     });

@@ -79,7 +79,7 @@ RFK_SIMD void put_words(Word* out, const Number* rows, int64_t stride, int64_t c
 
 // A step of all panels of columns.
 template <Product P, typename Number>
-void put_step(const HeadLayout& l, char* values, int64_t step, const Number* rows, int64_t stride) {
+void put_step(const PanelLayout& l, char* values, int64_t step, const Number* rows, int64_t stride) {
   using Word = typename Numbers<P>::Word;
   Word* panel = reinterpret_cast<Word*>(values);
   for (int64_t j = 0; j < l.wide; ++j, panel += l.value_steps() * 32)
@@ -90,7 +90,7 @@ void put_step(const HeadLayout& l, char* values, int64_t step, const Number* row
 // int8 with a scale per column; keys that are not finite are marked in their scale. Word w of 64 keys has
 // keys w, w + 16, w + 32 and w + 48, in the order of softmax_tile.h.
 template <typename T>
-void pack_value_codes(const HeadLayout& l, const TilePanels& to, const Tokens& v, int64_t first,
+void pack_value_codes(const PanelLayout& l, const TilePanels& to, const HeadTokens& v, int64_t first,
                       int64_t count, void* scratch) {
   const int64_t columns = l.columns();
   int32_t* const tops = static_cast<int32_t*>(scratch);
@@ -119,8 +119,8 @@ void pack_value_codes(const HeadLayout& l, const TilePanels& to, const Tokens& v
 }
 
 template <typename T>
-void pack_key_codes(const HeadLayout& l, const TilePanels& to, const Tokens& k, int64_t first, int64_t count,
-                    const float* mean, void* scratch) {
+void pack_key_codes(const PanelLayout& l, const TilePanels& to, const HeadTokens& k, int64_t first,
+                    int64_t count, const float* mean, void* scratch) {
   const int64_t width = l.steps * 4;  // of a row; the next one overwrites codes behind it
   int8_t* const codes = static_cast<int8_t*>(scratch);
   double squares = 0, top_squares = 0;
@@ -132,7 +132,8 @@ void pack_key_codes(const HeadLayout& l, const TilePanels& to, const Tokens& k, 
         to.offset[key] = 0;
         continue;
       }
-      const CodedRow coded = code_row<Row::key>(codes + j * width, k.row_of<T>(first + key), mean, 1.0f, l.d);
+      const CodedRow coded =
+          code_row<RowIs::key>(codes + j * width, k.row_of<T>(first + key), mean, 1.0f, l.d);
       to.offset[key] = 128 * coded.sum;
       to.scale[key] += coded.scale;  // NaN of the value stays
       squares += coded.squares, top_squares += double(coded.top) * coded.top;
@@ -144,7 +145,7 @@ void pack_key_codes(const HeadLayout& l, const TilePanels& to, const Tokens& k, 
 }
 
 template <Product P>
-void pack_keys(const HeadLayout& l, const TilePanels& to, const Tokens& k, int64_t first, int64_t count,
+void pack_keys(const PanelLayout& l, const TilePanels& to, const HeadTokens& k, int64_t first, int64_t count,
                const float* mean, void* scratch) {
   using Number = typename Numbers<P>::Number;
   using Word = typename Numbers<P>::Word;
@@ -168,8 +169,8 @@ void pack_keys(const HeadLayout& l, const TilePanels& to, const Tokens& k, int64
 }
 
 template <Product P>
-void pack_values(const HeadLayout& l, const TilePanels& to, const Tokens& v, int64_t first, int64_t count,
-                 void* scratch) {
+void pack_values(const PanelLayout& l, const TilePanels& to, const HeadTokens& v, int64_t first,
+                 int64_t count, void* scratch) {
   if constexpr (P == Product::int8) {
     dispatch_float("attention", v.dtype,
                    [&]<typename T>() { pack_value_codes<T>(l, to, v, first, count, scratch); });
@@ -200,7 +201,7 @@ PackFunctions pack_functions(Products p) {
   return {kAll[int(p.scores)].keys, kAll[int(p.values)].values};
 }
 
-void add_finite(float* sums, const Tokens& t, int64_t first, int64_t count) {
+void add_finite(float* sums, const HeadTokens& t, int64_t first, int64_t count) {
   dispatch_float("attention", t.dtype, [&]<typename T>() {
     for (int64_t i = first; i < first + count; ++i)
       add_finite_row(reinterpret_cast<Floats*>(sums), t.row_of<T>(i), t.d);

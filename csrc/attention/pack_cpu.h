@@ -4,36 +4,13 @@
 #include <limits>
 
 #include "attention/plan_cpu.h"
-#include "core/pack.h"
 
 // From tokens to the panels of plan_cpu.h.
 
 namespace rfk {
 
-template <Product P> struct Numbers;
-template <> struct Numbers<Product::int8> {
-  using Number = int8_t;
-  using Word = uint32_t;
-  using A = float;
-};
-template <> struct Numbers<Product::bf16> {
-  using Number = bf16;
-  using Word = uint32_t;
-  using A = float;
-};
-template <> struct Numbers<Product::f32> {
-  using Number = float;
-  using Word = uint32_t;
-  using A = float;
-};
-template <> struct Numbers<Product::f64> {
-  using Number = double;
-  using Word = uint64_t;
-  using A = double;
-};
-
 // Tokens of one head: row i lies at data + i stride (bytes).
-struct Tokens {
+struct HeadTokens {
   const char* data;
   int64_t stride, d;
   DType dtype;
@@ -52,7 +29,7 @@ struct CodedRow {
 
 // What is made of a row: a query times `sign`, its codes offset by 128 (core/tiles.h), with `dot` that of it
 // and the mean; a key less the mean, with the sum of its codes; or the squares alone.
-enum class Row : uint8_t { query, key, squares };
+enum class RowIs : uint8_t { query, key, squares };
 
 constexpr int64_t padded(int64_t d) { return ceil_div(d, 16) * 16; }
 
@@ -102,7 +79,7 @@ RFK_HD int32_t top(const Integers& v) {
 }
 
 // Writes `padded(n)` codes; `mean` has as many numbers, zeros behind n.
-template <Row kRow, typename T>
+template <RowIs kRow, typename T>
 RFK_SIMD CodedRow code_row(int8_t* codes, const T* row, const float* mean, float sign, int64_t n) {
   constexpr int32_t kInfinity = 0x7f800000, kMagic = 0x4b400000;  // 1.5 2^23: a sum with it is rounded
   Floats v[kMaxHeadDim / 16];
@@ -113,8 +90,8 @@ RFK_SIMD CodedRow code_row(int8_t* codes, const T* row, const float* mean, float
   for (int64_t i = 0; i < pieces; ++i) {
     Floats m;
     std::memcpy(&m, mean + 16 * i, sizeof(m));
-    v[i] = kRow == Row::query ? v[i] * sign : v[i] - m;
-    if (kRow == Row::query) dot += v[i] * m;
+    v[i] = kRow == RowIs::query ? v[i] * sign : v[i] - m;
+    if (kRow == RowIs::query) dot += v[i] * m;
     const Integers bits = (Integers)v[i] & 0x7fffffff;
     tops = bits > tops ? bits : tops;
     squares += v[i] * v[i];
@@ -122,18 +99,18 @@ RFK_SIMD CodedRow code_row(int8_t* codes, const T* row, const float* mean, float
   const int32_t top_bits = top(tops);
   const float given = std::bit_cast<float>(top_bits), largest = given > 1e-28f ? given : 1e-28f;
   const bool finite = top_bits < kInfinity;
-  if (kRow == Row::squares) return {finite ? 1 : kNan, given, finite ? total(squares) : kNan, 0, 0};
+  if (kRow == RowIs::squares) return {finite ? 1 : kNan, given, finite ? total(squares) : kNan, 0, 0};
   const float inverse = 127 / largest;
   Integers sum = {};
   for (int64_t i = 0; i < pieces; ++i) {
     Integers code = (Integers)(v[i] * inverse + 0x1.8p23f) - kMagic;
     if (!finite) code = Integers{};
-    if (kRow == Row::key) sum += code;
-    const Bytes bytes = __builtin_convertvector(code ^ (kRow == Row::query ? 0x80 : 0), Bytes);
+    if (kRow == RowIs::key) sum += code;
+    const Bytes bytes = __builtin_convertvector(code ^ (kRow == RowIs::query ? 0x80 : 0), Bytes);
     std::memcpy(codes + 16 * i, &bytes, sizeof(bytes));
   }
   if (!finite) return {kNan, kNan, kNan, total(dot), 0};
-  return {largest / 127, given, total(squares), total(dot), kRow == Row::key ? total(sum) : 0};
+  return {largest / 127, given, total(squares), total(dot), kRow == RowIs::key ? total(sum) : 0};
 }
 
 template <typename D> RFK_SIMD bool is_finite_row(const D* row, int64_t n) {
@@ -148,21 +125,21 @@ template <typename D> RFK_SIMD bool is_finite_row(const D* row, int64_t n) {
 
 // Decodes row i to numbers, zeros up to `padded`. A token that is not finite becomes NaN as a whole, so that
 // an infinity cannot act as a mask.
-template <typename D> void decode_row(D* out, const Tokens& t, int64_t i, int64_t padded) {
+template <typename D> void decode_row(D* out, const HeadTokens& t, int64_t i, int64_t padded) {
   decode_any(out, t.row(i), t.dtype, t.d);
   if (!is_finite_row(out, t.d)) std::fill(out, out + t.d, store<D>(acc_t<D>(kNan)));
   std::memset(static_cast<void*>(out + t.d), 0, (padded - t.d) * sizeof(D));
 }
 
 // Adds to sums [d] what is finite of rows first .. first + count.
-void add_finite(float* sums, const Tokens& t, int64_t first, int64_t count);
+void add_finite(float* sums, const HeadTokens& t, int64_t first, int64_t count);
 
 // Packs `count` keys or values from `first` on, a tile. Scales of keys are 0 before, and NaN afterwards for
 // those that are not finite, be it in their value: values are packed first.
 struct PackFunctions {
-  void (*keys)(const HeadLayout& layout, const TilePanels& to, const Tokens& k, int64_t first, int64_t count,
-               const float* mean, void* scratch);
-  void (*values)(const HeadLayout& layout, const TilePanels& to, const Tokens& v, int64_t first,
+  void (*keys)(const PanelLayout& layout, const TilePanels& to, const HeadTokens& k, int64_t first,
+               int64_t count, const float* mean, void* scratch);
+  void (*values)(const PanelLayout& layout, const TilePanels& to, const HeadTokens& v, int64_t first,
                  int64_t count, void* scratch);
 };
 PackFunctions pack_functions(Products p);

@@ -8,8 +8,8 @@ namespace rfk {
 
 AttentionPlan plan_attention(const AttentionCall& c) {
   const bool automatic = c.precision == Precision::automatic;
-  AttentionPlan p{HeadLayout(products_of(c, true), c.d, automatic),
-                  HeadLayout(products_of(c, false), c.d, false),
+  AttentionPlan p{PanelLayout(products_of(c, true), c.d, automatic),
+                  PanelLayout(products_of(c, false), c.d, false),
                   c.eight_bits(),
                   !c.eight_bits() || automatic,
                   1,

@@ -4,24 +4,15 @@
 
 #include "attention/call.h"
 #include "attention/softmax.h"
+#include "core/pack.h"
 
 // How a call on the CPU is cut, and where its panels lie in the workspace.
 
 namespace rfk {
 
-inline constexpr int64_t kLine = 64;  // bytes; everything in the workspace begins at a multiple
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t lines(int64_t bytes) { return ceil_div(bytes, kLine) * kLine; }
-
-constexpr int numbers_of(Product p) {  // in a word
-  return p == Product::int8 ? 4 : p == Product::bf16 ? 2 : 1;
-}
-
 // What the two products of a head multiply.
 struct Products {
   Product scores, values;
-  bool operator==(const Products&) const = default;
 };
 
 inline Product product_of(DType t) {
@@ -39,14 +30,14 @@ inline Products products_of(const AttentionCall& c, bool eight_bits) {
 
 // Panels of the keys and values of one head: keys [tile][panel][steps][32] words with an offset and a scale
 // each, values [tile][columns / 32 or 16][steps of keys][32 or 16] words with a scale a tile and column.
-struct HeadLayout {
+struct PanelLayout {
   Products products;
   int64_t d, steps;
   int64_t wide;  // panels of 32 columns
   bool narrow;   // and one of 16
   bool statistics;
 
-  HeadLayout(Products p, int64_t d, bool statistics)
+  PanelLayout(Products p, int64_t d, bool statistics)
       : products(p),
         d(d),
         steps(ceil_div(d, numbers_of(p.scores))),
@@ -79,7 +70,7 @@ struct TilePanels {
   float *scale, *value_scale, *mean_sums;
   double* statistics;  // ErrorTerms of keys and values, as sums
 
-  TilePanels(const HeadLayout& l, char* at) {
+  TilePanels(const PanelLayout& l, char* at) {
     keys = at;
     values = keys + l.keys();
     offset = reinterpret_cast<int32_t*>(values + l.values());
@@ -102,7 +93,7 @@ struct Problem {
 };
 
 struct AttentionPlan {
-  HeadLayout eight, full;
+  PanelLayout eight, full;
   bool with_eight, with_full;
   int threads;
   int64_t rows_per_task;
@@ -119,13 +110,15 @@ struct AttentionPlan {
 
   // Bytes of one thread: rows of queries as numbers and as panels with a factor each, sums of values, a tile
   // of scores, of weights, of the bias, and rows being decoded.
-  int64_t queries() const { return ceil_div(rows_per_task, kMostRows) * query_tile(); }
-  int64_t query_tile() const { return kMostRows * std::max(eight.steps, full.steps) * accumulator(); }
-  int64_t factors() const { return ceil_div(rows_per_task, kMostRows) * 2 * kRowSlots * accumulator(); }
-  int64_t value_sums() const {
-    return ceil_div(rows_per_task, kMostRows) * kMostRows * full.columns() * accumulator();
+  int64_t row_tiles() const { return ceil_div(rows_per_task, kMostRows); }
+  int64_t queries() const {
+    return row_tiles() * kMostRows * std::max(eight.steps, full.steps) * accumulator();
   }
-  int64_t states() const { return ceil_div(rows_per_task, kMostRows) * 5 * kRowSlots * accumulator(); }
+  int64_t factors() const { return row_tiles() * 2 * kRowSlots * accumulator(); }
+  int64_t value_sums() const { return row_tiles() * kMostRows * full.columns() * accumulator(); }
+  int64_t states() const {
+    return row_tiles() * int64_t(accumulator() == 8 ? sizeof(RowState<double>) : sizeof(RowState<float>));
+  }
   int64_t scores() const { return kMostRows * kWeightKeys * accumulator(); }
   int64_t weights() const { return kMostRows * weight_stride(Product::f32) * accumulator(); }
   int64_t decoded() const { return kPanel * lines((kMaxHeadDim + 4) * 8); }

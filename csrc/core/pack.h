@@ -4,10 +4,34 @@
 
 #include "core/quantize.h"
 #include "core/tensor.h"
+#include "core/tiles.h"
 
 // Panels for the tiles of tiles.h: rows are decoded to the numbers of the product, then interleaved.
 
 namespace rfk {
+
+// Everything in a workspace begins at a multiple of a line.
+inline constexpr int64_t kLine = 64;  // bytes
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t lines(int64_t bytes) { return ceil_div(bytes, kLine) * kLine; }
+
+inline char* first_line(const TensorView& workspace) {
+  const auto base = reinterpret_cast<uintptr_t>(workspace.data);
+  return reinterpret_cast<char*>((base + kLine - 1) / kLine * kLine);
+}
+
+// What a product multiplies, the word that holds them, and what sums become.
+template <typename N, typename W = uint32_t, typename Acc = float> struct NumbersOf {
+  using Number = N;
+  using Word = W;
+  using A = Acc;
+};
+template <Product P> struct Numbers;
+template <> struct Numbers<Product::int8> : NumbersOf<int8_t> {};
+template <> struct Numbers<Product::bf16> : NumbersOf<bf16> {};
+template <> struct Numbers<Product::f32> : NumbersOf<float> {};
+template <> struct Numbers<Product::f64> : NumbersOf<double, uint64_t, double> {};
 
 // A stored form that is no C++ number.
 struct e4m3 {

@@ -60,14 +60,15 @@ enum TileShape { kTile12x32, kTile4x32, kTile24x16, kTileShapes };
 inline constexpr int kTileRows[] = {12, 4, 24}, kTileColumns[] = {32, 32, 16};
 
 enum class Product : uint8_t { int8, bf16, f32, f64 };
+constexpr int numbers_of(Product p) {
+  return p == Product::int8 ? 4 : p == Product::bf16 ? 2 : 1;
+}  // in a word
 
 // Attention: rows of weights for up to 256 keys, in words that are padded against rows in the same sets of
 // the cache, times panels of values. Sums are added to c; int8 (weights unsigned, not offset) by row.
 enum ValueShape { kValues12x32, kValues12x16, kValues4x32, kValues4x16, kValueShapes };
 inline constexpr int kWeightKeys = 256;
-constexpr int weight_stride(Product p) {  // words
-  return kWeightKeys / (p == Product::int8 ? 4 : p == Product::bf16 ? 2 : 1) + 16;
-}
+constexpr int weight_stride(Product p) { return kWeightKeys / numbers_of(p) + 16; }  // words
 
 // Null where the instruction set has no such function.
 struct ProductTiles {

@@ -12,18 +12,6 @@
 namespace rfk {
 namespace {
 
-// What a product multiplies, the word that holds them, and what sums become.
-template <typename N, typename W = uint32_t, typename Acc = float> struct NumbersOf {
-  using Number = N;
-  using Word = W;
-  using A = Acc;
-};
-template <Product P> struct Numbers;
-template <> struct Numbers<Product::int8> : NumbersOf<int8_t> {};
-template <> struct Numbers<Product::bf16> : NumbersOf<bf16> {};
-template <> struct Numbers<Product::f32> : NumbersOf<float> {};
-template <> struct Numbers<Product::f64> : NumbersOf<double, uint64_t, double> {};
-
 const char* address(const TensorView& t, int64_t row) {
   return static_cast<const char*>(t.data) + row * t.stride[0] * size_of(t.dtype);
 }
@@ -45,12 +33,11 @@ template <Product P, TileShape kShape> class Linear {
   using A = typename N::A;
   static constexpr int R = kTileRows[kShape], C = kTileColumns[kShape];
   static constexpr Product kWide = P == Product::f64 ? P : Product::f32;
-  static constexpr int kPerWord = LinearPlan::kNumbers[int(P)];
+  static constexpr int kPerWord = numbers_of(P);
 
  public:
   Linear(const LinearCall& call, const LinearPlan& plan) : c_(call), p_(plan) {
-    const auto base = reinterpret_cast<uintptr_t>(call.workspace->data);
-    Arena arena{reinterpret_cast<char*>((base + kLine - 1) / kLine * kLine)};
+    Arena arena{first_line(*call.workspace)};
     x_ = arena.take<Word>(p_.row_tiles * p_.x_tile());
     hidden_ = arena.take<char>(p_.row_tiles * p_.hidden_tile());
     inputs_ = arena.take<char>(p_.row_tiles * p_.sums_tile());
@@ -345,8 +332,7 @@ int64_t linear_roof(const std::string& product, int64_t repeats) {
     ++threads;
     for (int64_t i = 0; i < repeats; ++i) multiply(kSteps, a, b, c, Into::set, {});
   }
-  const int64_t numbers[] = {4, 2, 1};
-  return threads * repeats * kSteps * 12 * 32 * 2 * numbers[int(kind)];
+  return threads * repeats * kSteps * 12 * 32 * 2 * numbers_of(kind);
 }
 
 }  // namespace rfk

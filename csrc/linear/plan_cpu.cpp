@@ -36,8 +36,8 @@ LinearPlan plan_linear(const LinearCall& c) {
   p.threads = threads_for(m * n * k);
   p.groups = c.groups;
   p.input_sums = c.weight_zero && c.weight_zero->dtype != DType::u8;
-  p.steps = ceil_div(k, LinearPlan::kNumbers[int(p.product)]);
-  p.branch_steps = ceil_div(c.rank, LinearPlan::kNumbers[int(p.branch)]);
+  p.steps = ceil_div(k, numbers_of(p.product));
+  p.branch_steps = ceil_div(c.rank, numbers_of(p.branch));
   const DType numbers[] = {DType::i8, DType::bf16, DType::f32, DType::f64};
   constexpr int64_t kFew = 24, kNarrow = 64;  // rows, columns for which panels cost more than they gain
   p.direct = (m <= kFew || n <= kNarrow) && x == c.weight.dtype && x == numbers[int(p.product)] &&

@@ -2,17 +2,12 @@
 
 #include <algorithm>
 
-#include "core/tiles.h"
+#include "core/pack.h"
 #include "linear/call.h"
 
 // How a product on the CPU is cut, and where its panels lie in the workspace.
 
 namespace rfk {
-
-inline constexpr int64_t kLine = 64;  // bytes; everything in the workspace begins at a multiple
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t lines(int64_t bytes) { return ceil_div(bytes, kLine) * kLine; }
 
 // The numbers that a product multiplies: 16-bit where the CPU has them and nothing is lost.
 inline Product product_of(DType x, DType other) {
@@ -35,7 +30,6 @@ struct LinearPlan {
   bool direct;      // without panels of x and of the weight
   bool input_sums;  // the weight has a floating zero
 
-  static constexpr int kNumbers[] = {4, 2, 1, 1};  // in a word
   int word() const { return product == Product::f64 ? 8 : 4; }
   int accumulator() const { return product == Product::f64 ? 8 : 4; }
 

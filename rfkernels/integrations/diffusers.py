@@ -295,12 +295,16 @@ class FusedAuraFlowProcessor(AuraFlowProcessor):
     fused = True
 
 
-class Lumina2Processor(Processor):
-    """`Lumina2AttnProcessor2_0`: fewer heads of keys, and a scale that grows with the number of tokens."""
+class RotatingProcessor(Processor):
+    """One that turns queries and keys by a function of the model's own module."""
 
-    def __init__(self, rotate: Callable[..., Tensor], replaced: Any, precision: str):
+    def __init__(self, rotate: Callable[..., Any], replaced: Any, precision: str):
         super().__init__(replaced, precision)
         self.rotate = rotate
+
+
+class Lumina2Processor(RotatingProcessor):
+    """`Lumina2AttnProcessor2_0`: fewer heads of keys, and a scale that grows with the number of tokens."""
 
     def __call__(
         self,
@@ -311,7 +315,7 @@ class Lumina2Processor(Processor):
         image_rotary_emb=None,
         base_sequence_length=None,
     ):
-        q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        q = _heads(attn, attn.to_q(hidden_states))
         dtype, d = q.dtype, q.shape[-1]
         k, v = (p(encoder_hidden_states).unflatten(-1, (-1, d)) for p in (attn.to_k, attn.to_v))
         q = q if attn.norm_q is None else attn.norm_q(q)
@@ -325,12 +329,8 @@ class Lumina2Processor(Processor):
         return _out(attn, self.attend(q.to(dtype), k.to(dtype), v, bias, scale))
 
 
-class HiDreamProcessor(Processor):
+class HiDreamProcessor(RotatingProcessor):
     """`HiDreamAttnProcessor`: norms over the full width, image, then text, or both in one stream."""
-
-    def __init__(self, rotate: Callable[..., tuple[Tensor, Tensor]], replaced: Any, precision: str):
-        super().__init__(replaced, precision)
-        self.rotate = rotate
 
     def __call__(
         self,
