@@ -4,6 +4,7 @@ from rfkernels.ops._register import OPS as OPS
 from rfkernels.ops.activation import *
 from rfkernels.ops.attention import *
 from rfkernels.ops.attention_merge import *
+from rfkernels.ops.combine import *
 from rfkernels.ops.embedding import *
 from rfkernels.ops.guidance import *
 from rfkernels.ops.linear import *

@@ -1,0 +1,190 @@
+r"""Steps as data: several linear combinations of the same tensors in one pass, guided, masked and noisy.
+
+Every step of a sampler is :math:`o_j = \sum_k c_{jk} y_k`: the next state, and what later steps need of this
+one. `combine` makes up to three of them and reads every tensor once. `moments` makes the sums that guidance,
+log-probabilities and losses need.
+
+The first tensor is float64, float32, float16 or bfloat16 and gives the dtype of the results; the others are
+float64 beside a float64 one, else float32, float16 or bfloat16 each. All are contiguous and of one shape
+`[batch, ...]`. Coefficients are row scalars as in `rfkernels.ops.solver`. Arithmetic is in float32 (float64
+for float64 tensors), terms are summed from left to right, results round once. All raise ValueError for
+tensors that do not fit together.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rfkernels.ops._register import expand_rows
+from rfkernels.ops.noise import philox_normal
+
+__all__ = ["GUIDES", "combine", "combine_reference", "moments", "moments_reference"]
+
+# How many tensors after the first a guide combines, and its parameters.
+GUIDES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "cfg": (2, ("w",)),
+    "skip_layer": (3, ("w", "s")),
+    "zero_star": (2, ("w",)),
+    "rescale": (2, ("w", "phi")),
+    "apg": (2, ("w", "eta", "r")),
+    "apg_momentum": (3, ("w", "eta", "r", "beta")),
+    "perpendicular": (3, ("w", "n")),
+    "token_norm": (2, ("w",)),
+    "transport": (2, ("s", "inverse_sigma", "r")),
+    "transport_matched": (2, ("s", "inverse_sigma", "r")),
+}
+
+
+def combine(
+    tensors: Sequence[Tensor],
+    coefs: Tensor,
+    *,
+    guide: str | None = None,
+    guidance: Tensor | None = None,
+    mask: Tensor | None = None,
+    inside: Tensor | None = None,
+    keys: Tensor | None = None,
+    step: Tensor | None = None,
+    out: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    r"""Returns :math:`o_j = \sum_k c_{jk} y_k + c_{jg}\,g + c_{jz}\,z` for one to three j.
+
+    The columns of `coefs` are the tensors, then the guided velocity :math:`g` if there is a `guide`, then
+    fresh normal noise :math:`z` if there are `keys`. Guides combine the tensors after the first; of `cfg` to
+    `perpendicular` these are u (unconditional), c (conditional) and what is named third:
+
+    ======================  ===========================================================================
+    `cfg`                   :math:`g = (1-w)u + w c`
+    `skip_layer`            the same `+ s (c - third)`, third: with layers skipped
+    `zero_star`             :math:`g = \rho u + w (c - \rho u)`, :math:`\rho = <c,u> / (<u,u> + 10^{-8})`
+    `rescale`               :math:`g' = (\phi\,std(c)/std(g) + 1 - \phi)\,g` of the `cfg` g
+    `apg`                   :math:`g = u + w\min(1, r/|d|)(d - (1-\eta)(<d,c>/<c,c>)c)`, :math:`d = c - u`
+    `apg_momentum`          the same with :math:`d = c - u + \beta\,third`, third: the last d
+    `perpendicular`         :math:`g = u + w(p - n(q - (<q,p>/|p|^2)p))`, `p = c - u`, `q = third - u`
+    `token_norm`            :math:`g' = g |c|/|g|` of the `cfg` g, for each row along the last axis
+    `transport`             of the tensors x, v, y: :math:`g = v + s(d\min(1, r/|d|) - v)` with
+                            :math:`d = (x - y)\,inverse\_sigma`, norms along the last axis
+    `transport_matched`     the same, then d is given the norm of v
+    ======================  ===========================================================================
+
+    Products, norms and (unbiased) deviations are of each sample unless it says otherwise; where a divisor is
+    0, the quotient is 0.
+
+    Args:
+        tensors: one to eight.
+        coefs: `[outputs, columns, *rows]`; with `step` `[steps, outputs, columns, *rows]`.
+        guide: a name of `GUIDES`.
+        guidance: its parameters in the order of `GUIDES`, `[parameters]` or `[parameters, batch]`; with
+            `step` after an axis of steps.
+        mask: m, shaped like the tensors, floating: coefficients are `coefs + m (inside - coefs)`.
+        inside: shaped like `coefs`.
+        keys: `int64[batch, 3]`, see `noise_keys`; the step of the noise is that of the key plus `step`.
+        step: `int64[]` on the device, which row of `coefs`, `inside` and `guidance` to use: a captured graph
+            moves to the next step by adding one.
+        out: where to write, one for each result; `tensors` allowed; no gradient then.
+    """
+    outs = combine_reference(tensors, coefs, mask, inside, keys, step, guide, guidance)
+    if out is None:
+        return tuple(outs)
+    for o, t in zip(out, outs, strict=True):
+        o.copy_(t)
+    return tuple(out)
+
+
+def combine_reference(
+    tensors: Sequence[Tensor],
+    coefs: Tensor,
+    mask: Tensor | None,
+    inside: Tensor | None,
+    keys: Tensor | None,
+    step: Tensor | None,
+    guide: str | None,
+    guidance: Tensor | None,
+) -> list[Tensor]:
+    """The definition of `combine` in plain torch."""
+    if step is not None:
+        coefs, inside, guidance = (None if t is None else t[step] for t in (coefs, inside, guidance))
+        if keys is not None:
+            keys = torch.cat([keys[:, :2], keys[:, 2:] + step], 1)
+    dtype, x = coefs.dtype, tensors[0]
+    columns = [t.to(dtype) for t in tensors]
+    if guide:
+        columns.append(_guided(columns, guide, guidance))
+    if keys is not None:
+        columns.append(philox_normal(x.shape, keys, dtype=dtype))
+    outs = []
+    for j in range(len(coefs)):
+        rows = [expand_rows(c, x) for c in coefs[j]]
+        if mask is not None:
+            rows = [c + mask.to(dtype) * (expand_rows(i, x) - c) for c, i in zip(rows, inside[j], strict=True)]
+        outs.append(sum((c * y for c, y in zip(rows[1:], columns[1:], strict=True)), rows[0] * columns[0]))
+    return [o.to(x.dtype) for o in outs]
+
+
+def _guided(columns: list[Tensor], guide: str, guidance: Tensor) -> Tensor:
+    x, u, c = columns[:3]
+    dims = list(range(1, u.ndim))
+    p = [expand_rows(v, u) for v in guidance]
+    dot = lambda a, b: (a * b).sum(dims, keepdim=True)
+    cfg = (1 - p[0]) * u + p[0] * c
+    if guide == "cfg":
+        return cfg
+    if guide == "skip_layer":
+        return cfg + p[1] * (c - columns[3])
+    if guide == "zero_star":
+        u = dot(c, u) / (dot(u, u) + 1e-8) * u
+        return u + p[0] * (c - u)
+    if guide == "rescale":
+        ratio = _ratio(c.std(dims, keepdim=True), cfg.std(dims, keepdim=True))
+        return (p[1] * ratio + 1 - p[1]) * cfg
+    if guide.startswith("apg"):
+        d = c - u + (p[3] * columns[3] if guide == "apg_momentum" else 0)
+        s = _clip(p[2], dot(d, d).sqrt())
+        return u + p[0] * s * (d - (1 - p[1]) * _ratio(dot(d, c), dot(c, c)) * c)
+    if guide == "perpendicular":
+        a, q = c - u, columns[3] - u
+        return u + p[0] * (a - p[1] * (q - _ratio(dot(q, a), dot(a, a)) * a))
+    if guide == "token_norm":
+        return cfg * _ratio(_norm(c), _norm(cfg))
+    if guide in ("transport", "transport_matched"):
+        v, d = u, (x - c) * p[1]
+        d = d * _clip(p[2], _norm(d))
+        if guide == "transport_matched":
+            d = d * _ratio(_norm(v), _norm(d))
+        return v + p[0] * (d - v)
+    raise ValueError(f"combine: guide must be one of {', '.join(GUIDES)}, got {guide!r}")
+
+
+def _norm(t: Tensor) -> Tensor:
+    return t.square().sum(-1, keepdim=True).sqrt()
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b == 0, 0, a / torch.where(b == 0, 1, b))
+
+
+def _clip(r: Tensor, norm: Tensor) -> Tensor:
+    return torch.where(norm > r, r / torch.where(norm > 0, norm, 1), 1)
+
+
+def moments(tensors: Sequence[Tensor], coefs: Tensor) -> Tensor:
+    r"""Returns per sample the sums and products of one to three combinations :math:`o_j = \sum_k c_{jk} y_k`.
+
+    float64 `[batch, J + J(J+1)/2]`: :math:`\sum o_0, \dots, \sum o_{J-1}`, then
+    :math:`<o_0,o_0>, <o_0,o_1>, \dots, <o_1,o_1>, \dots`. The combinations are made in float32 (float64), their
+    products summed in a fixed order: the same bits at every run, for a sample alone or in a batch.
+
+    Args:
+        tensors: one to eight, as in `combine`.
+        coefs: `[J, len(tensors), *rows]`, row scalars.
+    """
+    return moments_reference(tensors, coefs)
+
+
+def moments_reference(tensors: Sequence[Tensor], coefs: Tensor) -> Tensor:
+    """The definition of `moments` in plain torch."""
+    outs = [sum(expand_rows(c, tensors[0]) * y for c, y in zip(row, tensors, strict=True)) for row in coefs]
+    flat = [o.double().flatten(1) for o in outs]
+    pairs = [(flat[i] * flat[j]).sum(1) for i in range(len(flat)) for j in range(i, len(flat))]
+    return torch.stack([f.sum(1) for f in flat] + pairs, 1)
