@@ -9,6 +9,7 @@ batch, and independent of the noise drawn with the same key: `sample` takes a st
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,8 @@ _LEVELS = 0x7369676D61  # "sigma"
 _BISECTIONS = 60
 
 
-class Density:
-    """What all densities share: `sample`, by a map of standard normals."""
+class Density(ABC):
+    """A density of levels: `transform`, `pdf`, `cdf`, and `sample`, by a map of standard normals."""
 
     def sample(self, keys: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         """Returns levels, float64 `[batch, *shape]`, on the device of `keys`.
@@ -51,9 +52,17 @@ class Density:
     def _from_normal(self, n: Tensor) -> Tensor:
         return self.transform(torch.special.ndtr(n))
 
+    @abstractmethod
     def transform(self, u: Tensor) -> Tensor:
         """Returns the level that belongs to a uniform number, rising or falling in it."""
-        raise TypeError(f"{type(self).__name__} is not a density: it has no transform")
+
+    @abstractmethod
+    def pdf(self, t: Tensor) -> Tensor:
+        """Returns the density at t, 0 outside of 0 .. 1."""
+
+    @abstractmethod
+    def cdf(self, t: Tensor) -> Tensor:
+        """Returns the share of levels up to t."""
 
 
 def stream(keys: Tensor, tag: int) -> Tensor:

@@ -150,7 +150,7 @@ def ddpm_table(kind: Literal["linear", "scaled_linear"] = "scaled_linear", steps
 
 def interpolate(
     x0: Tensor,
-    sigma: Tensor,
+    sigma: float | Tensor,
     noise: Tensor | None = None,
     *,
     keys: Tensor | None = None,
@@ -170,8 +170,8 @@ def interpolate(
 
     Args:
         x0: the data, `[batch, ...]`; gives the dtype of both results.
-        sigma: the level (t of another path), a row scalar: `[batch]`, or `[batch, 1, frames]` for a level a
-            frame.
+        sigma: the level (t of another path), a number or row scalar: `[batch]`, or `[batch, 1, frames]` for
+            a level a frame.
         noise: shaped like `x0`.
         keys: `int64[batch, 3]` of fresh noise, made in the kernel and never stored.
         path: rectified flow if None.
@@ -184,7 +184,8 @@ def interpolate(
     if target not in ("velocity", "u", "x0", "eps", "w"):
         raise ValueError(f"interpolate: target must be velocity, u, x0, eps or w, got {target!r}")
     path = path or RectifiedPath()
-    t = sigma if isinstance(path, Table) else sigma.double()
+    kind = None if isinstance(path, Table) else torch.float64
+    t = torch.as_tensor(sigma, dtype=kind, device=x0.device)
     alpha, scale = path(t)
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
     if target == "velocity":

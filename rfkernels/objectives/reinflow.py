@@ -77,8 +77,10 @@ def rollout(
     clip_mean: float | None = 1.0,
     clip_noise: float | None = 3.0,
     clip_action: float | None = 1.0,
+    per_step: bool = False,
+    per_element: bool = False,
+    initial: bool = True,
     dtype: torch.dtype = torch.float32,
-    **options: bool,
 ) -> Chain:
     r"""Returns a chain of `steps` noisy Euler steps from normal noise. No gradients.
 
@@ -91,7 +93,8 @@ def rollout(
         keys: `int64[batch, 3]`; step s of the chain draws with step + s + 1 of its key.
         shape: `[batch, ...]`.
         clip_mean, clip_noise, clip_action: None does not cut.
-        options: `per_step`, `per_element`, `initial`, see `chain_log_prob`.
+        per_step, per_element, initial: see `chain_log_prob`.
+        dtype: of the states.
     """
     with torch.no_grad():
         states = [philox_normal(shape, keys, dtype=dtype)]
@@ -103,7 +106,14 @@ def rollout(
             if k == steps - 1 and clip_action is not None:
                 x = x.clamp(-clip_action, clip_action)
             states.append(x)
-        log_prob = chain_log_prob(policy, states, clip_mean=clip_mean, **options)
+        log_prob = chain_log_prob(
+            policy,
+            states,
+            clip_mean=clip_mean,
+            per_step=per_step,
+            per_element=per_element,
+            initial=initial,
+        )
     return Chain(tuple(states), log_prob)
 
 

@@ -63,7 +63,7 @@ def column(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
-def integrate(f, low: float, high: float, count: int = 50_001) -> float:
+def integrate(f, low: float, high: float, count: int = 10_001) -> float:
     """Midpoint rule."""
     edges = torch.linspace(low, high, count, dtype=F64)
     return float(f((edges[1:] + edges[:-1]) / 2).sum() * (high - low) / (count - 1))

@@ -243,7 +243,7 @@ def test_reflow_lowers_the_transport_cost():
 
 
 def test_pairs_and_a_linear_map_have_an_exact_velocity():
-    # z1 = A z0 + b: v(x, t) = (A - I)((1 - t) I + t A)^-1 (x - t b) + b, any number of Euler steps gives A z0 + b.
+    # z1 = A z0 + b: v(x, t) = (A - I)((1 - t) I + t A)^-1 (x - t b) + b, and any Euler grid gives A z0 + b.
     a = torch.tensor([[1.5, 0.3], [0.3, 0.8]], dtype=F64)
     b, eye, z0 = torch.tensor([0.4, -0.2], dtype=F64), torch.eye(2, dtype=F64), normal(5, 2)
     x0 = z0 @ a.T + b

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -164,12 +165,12 @@ def test_stable_diffusions_tables():
 
 @pytest.mark.parametrize("path", [VP(), SubVP(), RectifiedPath()], ids=str)
 def test_constant_noise_is_one_step(path):
-    # Rectified Diffusion: a path is of first order if its noise prediction is constant; then one step is exact.
+    # Rectified Diffusion: with a constant noise prediction one step is exact.
     x0, noise = normal(2, 5), normal(2, 5, seed=1)
     grid = torch.linspace(0.5, 0.1, 9, dtype=F64)
     at = [interpolate(x0, t.expand(2), noise, path=path)[0] for t in grid]
     x = at[0]
-    for t, after in zip(grid, grid[1:], strict=False):
+    for t, after in pairwise(grid):
         (a, s), (b, r) = path(t), path(after)
         x = affine_step(x, noise, b / a, r - b * s / a)
     torch.testing.assert_close(x, at[-1], rtol=0, atol=1e-14)
@@ -218,3 +219,11 @@ def test_a_table_of_ones_own():
     table = Table(torch.tensor([1.0, 0.5], dtype=F64), torch.tensor([0.0, 0.5], dtype=F64))
     x, _ = interpolate(normal(2, 3), torch.tensor([0, 1]), normal(2, 3, seed=1), path=table, target="u")
     assert torch.equal(x[0], normal(2, 3)[0])
+
+
+def test_a_level_may_be_a_number():
+    x0, noise = normal(2, 3), normal(2, 3, seed=1)
+    for a, b in zip(
+        interpolate(x0, 0.3, noise), interpolate(x0, torch.tensor([0.3, 0.3], dtype=F64), noise), strict=True
+    ):
+        assert torch.equal(a, b)

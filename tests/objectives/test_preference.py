@@ -51,7 +51,7 @@ def test_dpo_starts_at_ln_2(dtype):
     (_, ref_w, x0_w), (_, ref_l, x0_l), noise = pairs(dtype=dtype)
     v_w, v_l = ref_w.clone().requires_grad_(), ref_l.clone().requires_grad_()
     loss = flow_dpo_loss((v_w, ref_w, x0_w), (v_l, ref_l, x0_l), noise, beta=100.0)
-    assert float(loss.detach()) == LN2  # to the bit: both errors are the same sums
+    assert loss.item() == LN2  # to the bit: both errors are the same sums
     if dtype == F64:
         grads = torch.autograd.grad(loss, (v_w, v_l))
         expected = 100 * 0.5 * (ref_w - (noise - x0_w)) / 8 / 3, -100 * 0.5 * (ref_l - (noise - x0_l)) / 8 / 3
@@ -131,7 +131,7 @@ def test_ratio_is_one_at_the_policy_that_sampled():
     result = flow_grpo_loss(new, old, advantages)
     assert torch.equal(result.ratio, torch.ones(4, dtype=F64))
     assert (
-        float(result.loss) == float(-advantages.mean()) and result.clipped == 0 and result.approximate_kl == 0
+        result.loss.item() == float(-advantages.mean()) and result.clipped == 0 and result.approximate_kl == 0
     )
     # at ratio 1 the gradient is the policy gradient
     (grad,) = torch.autograd.grad(result.loss, v, retain_graph=True)
@@ -146,7 +146,7 @@ def test_clipped_ratios_have_no_gradient():
     (grad,) = torch.autograd.grad(result.loss, new)
     assert (grad == 0).tolist() == [True, False, False, True]
     expected = -(1.2 + math.exp(-0.5) - math.exp(0.5) - 0.8) / 4
-    assert float(result.loss) == pytest.approx(expected) and result.clipped == 1
+    assert result.loss.item() == pytest.approx(expected) and result.clipped == 1
     ratios = np.exp([0.5, -0.5])
     assert float(result.approximate_kl) == pytest.approx(np.mean(ratios - 1 - np.log(ratios)))
 
@@ -174,7 +174,7 @@ def test_reinflow_loss():
     loss = reinflow_loss(new, old, advantages, entropy).loss
     torch.testing.assert_close(loss, plain - 0.03 * 2.0)
     bounded = reinflow_loss(new, old, advantages, bounds=(-1.0, 1.0))
-    assert float(bounded.ratio[1]) == math.exp(-1)
+    assert bounded.ratio[1].item() == math.exp(-1)
     assert not torch.autograd.grad(bounded.loss, new)[0][1]
 
 

@@ -1,6 +1,7 @@
 """ReinFlow's chain: its density, its bounds, and a ratio that starts at 1."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_exploration_decays():
     assert high(1.0) == pytest.approx(0.3 * 0.1 + 0.7 * 0.24)
     assert high(0.675) == pytest.approx((0.24 + high(1.0)) / 2)
     falls = [high(p / 100) for p in range(101)]
-    assert all(b <= a for a, b in zip(falls, falls[1:], strict=False))
+    assert all(b <= a for a, b in pairwise(falls))
 
 
 @pytest.mark.parametrize("clip_mean", [None, 0.3])

@@ -17,8 +17,15 @@ def euler(velocity, x, sigmas):
     return states, velocities
 
 
-@pytest.mark.parametrize("sigmas", [schedule("linear", 7), schedule("shift", 7, shift=3.0), schedule("linear", 5).flip(0),
-                                    torch.tensor([0.9, 0.5, 0.2])], ids=["linear", "shift", "up", "part"])  # fmt: skip
+GRIDS = {
+    "linear": schedule("linear", 7),
+    "shift": schedule("shift", 7, shift=3.0),
+    "up": schedule("linear", 5).flip(0),
+    "part": torch.tensor([0.9, 0.5, 0.2]),
+}
+
+
+@pytest.mark.parametrize("sigmas", GRIDS.values(), ids=GRIDS)
 def test_sums_are_the_integral(sigmas):
     sigmas = sigmas.double()
     curved = lambda x, s: torch.sin(3 * x) - s[:, None] * x
@@ -54,10 +61,10 @@ def test_path_straightness_is_its_formula():
 
 
 def test_the_mixtures_first_flow():
-    grid = schedule("linear", 200)
-    states, velocities = euler(mixture_velocity, normal(4000, 1), grid)
+    grid = schedule("linear", 100)
+    states, velocities = euler(mixture_velocity, normal(2000, 1), grid)
     S = straightness(velocities, states[0], states[-1], grid)
-    assert abs(float(S.mean()) - 0.574) < 4 * float(S.std()) / 4000**0.5
+    assert abs(float(S.mean()) - 0.574) < 4 * float(S.std()) / 2000**0.5 + 5e-3
 
 
 def test_transport_cost():

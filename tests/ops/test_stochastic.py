@@ -1,6 +1,7 @@
 """Stochastic steps, their log-probability, and sums of squares with gradients."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from rfkernels.ops import (
 )
 from tests.ops.cases import every_device
 
-F64 = torch.float64
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 # Flow-GRPO's step on eight numbers, sigma .6 -> .45, noise level .7: computed once in numpy.
 GOLDEN_MEAN = [
     *[0.600272295, 0.755751040, 0.183860184, -0.534250416],
@@ -87,7 +88,7 @@ def test_flow_grpo_keeps_the_marginal():
     grid = torch.linspace(1, 0, steps + 1, dtype=F64)[:-1]  # the last step would leave its noise in
     x = random(batch, 1)
     keys = noise_keys(1, batch)
-    for k, (sigma, after) in enumerate(zip(grid, grid[1:], strict=False)):
+    for k, (sigma, after) in enumerate(pairwise(grid)):
         a = 1 - sigma
         variance = a * a * s * s + sigma * sigma
         v = (sigma - a * s * s) / variance * (x - a * m) - m
@@ -130,8 +131,7 @@ def test_log_prob_is_that_of_a_normal_distribution(kind, reduce):
 
 
 @every_device
-@pytest.mark.parametrize("dtypes", [(F64, F64), (torch.float32, torch.float32), (torch.float32, torch.bfloat16),
-                                    (torch.bfloat16, torch.bfloat16)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtypes", [(F64, F64), (F32, F32), (F32, BF16), (BF16, BF16)], ids=str)
 @pytest.mark.parametrize("kind", STDS)
 def test_step_and_log_prob_agree_to_the_bit(kind, dtypes, device):
     x = random(3, 2, 4, 5, seed=0, dtype=dtypes[0], device=device)
@@ -143,7 +143,7 @@ def test_step_and_log_prob_agree_to_the_bit(kind, dtypes, device):
     again = sde_log_prob(x_next, [x, v.clone().requires_grad_()], [0.9, -0.2], std)
     assert torch.equal(again, log_prob)
     assert torch.equal((again - log_prob).exp(), torch.ones_like(again))
-    tolerance = {F64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtypes[0]]
+    tolerance = {F64: 1e-12, F32: 1e-5, BF16: 1e-5}[dtypes[0]]
     exact = expected_log_prob(x_next.cpu(), 0.9 * x.double().cpu() - 0.2 * v.double().cpu(),
                               std.cpu() if kind != "number" else std, "mean")  # fmt: skip
     torch.testing.assert_close(log_prob.cpu(), exact, rtol=0, atol=tolerance)
