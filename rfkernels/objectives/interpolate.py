@@ -165,8 +165,9 @@ def interpolate(
     models).
 
     With `noise` the pair (noise, x0) is kept as it is: reflow (Liu et al., "Flow straight and fast", 2022).
-    With `noise`, `keys` and `anneal` = r > 0 it is loosened, :math:`\epsilon = \sqrt{1-r^2}\,noise + r\,z`,
-    which is normal for every r (Zhu, Liu and Liu, "SlimFlow", 2024); r = 0 is reflow to the bit.
+    With `noise`, `keys` (others than the noise was drawn with) and `anneal` = r > 0 it is loosened,
+    :math:`\epsilon = \sqrt{1-r^2}\,noise + r\,z`, which is normal for every r (Zhu, Liu and Liu, "SlimFlow",
+    2024); r = 0 is reflow to the bit.
 
     Args:
         x0: the data, `[batch, ...]`; gives the dtype of both results.
@@ -192,7 +193,7 @@ def interpolate(
         data, eps = path.rates(t)
     else:
         data, eps = {"u": (-one, one), "x0": (one, zero), "eps": (zero, one), "w": (-scale, alpha)}[target]
-    tensors = [x0] if noise is None else [x0, noise]
+    tensors = [t.contiguous() for t in (x0, noise) if t is not None]
     # What the noise is made of: the tensor, the kernel's, or both.
     mix = [1.0] if noise is None or not anneal else [math.sqrt(1 - anneal**2), anneal]
     rows = [[alpha, *(scale * m for m in mix)], [data, *(eps * m for m in mix)]]

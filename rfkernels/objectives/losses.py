@@ -133,7 +133,7 @@ def elementwise_huber(
     """
     if not c > 0:
         raise ValueError(f"elementwise_huber: c must be positive, got {c}")
-    d = linear_combination(list(tensors), stack_rows(list(coefs), tensors[0]))
+    d = linear_combination([t.contiguous() for t in tensors], stack_rows(list(coefs), tensors[0]))
     losses = _huber(d.to(accumulator(d.dtype)).square(), c).flatten(1).mean(1)
     return reduce_samples(losses, d, reduction)
 
@@ -201,7 +201,7 @@ def lpips_huber(
     sigma = sigma.double()
     huber = _huber(sum_of_squares([v, noise, x0], [1.0, -1.0, 1.0]), c) / size
     minus = stack_rows([-sigma], x)[0]
-    distance = perceptual(x0, affine_step(x, v, 1.0, minus))
+    distance = perceptual(x0, affine_step(x, v.contiguous(), 1.0, minus))
     if distance.numel() != len(x):
         raise ValueError(f"lpips_huber: expected one distance a sample, got {list(distance.shape)}")
     distance = distance.reshape(-1).double()

@@ -41,12 +41,14 @@ def sum_of_squares(tensors: Sequence[Tensor], coefs: Tensor | Sequence) -> Tenso
     tensors are never stored.
 
     Args:
-        tensors: one to eight, `[batch, ...]`.
+        tensors: one to eight, `[batch, ...]`, contiguous or not.
         coefs: `[J, len(tensors), *rows]`, J up to 3, a tensor or nested numbers and row scalars as
             `stack_rows` takes them. `[len(tensors)]` numbers or row scalars are J = 1, and the result is
             `[batch]`.
     """
-    tensors = list(tensors)
+    tensors = [t.contiguous() for t in tensors]
+    if any(t.shape != tensors[0].shape for t in tensors):
+        raise ValueError(f"sum_of_squares: expected one shape, got {[list(t.shape) for t in tensors]}")
     single = not isinstance(coefs, Tensor) and not isinstance(coefs[0], (list, tuple))
     if not isinstance(coefs, Tensor):
         rows = [coefs] if single else coefs
@@ -67,7 +69,7 @@ def sum_of_squares(tensors: Sequence[Tensor], coefs: Tensor | Sequence) -> Tenso
 class _SumOfSquares(torch.autograd.Function):
     @staticmethod
     def forward(coefs, *tensors):
-        return moments(tensors, coefs)[:, _DIAGONAL[len(coefs) - 1]]
+        return moments(list(tensors), coefs)[:, _DIAGONAL[len(coefs) - 1]]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -116,7 +118,7 @@ def stack_rows(values: Sequence[float | Tensor], x: Tensor) -> Tensor:
     Numbers cost one small copy to the device for all of them together.
 
     Args:
-        values: numbers, or tensors on the device of `x` with its leading axes.
+        values: numbers, or tensors with the leading axes of `x`; those on another device are copied.
     """
     dtype = accumulator(x.dtype)
     tensors = [v for v in values if isinstance(v, Tensor)]
@@ -128,7 +130,7 @@ def stack_rows(values: Sequence[float | Tensor], x: Tensor) -> Tensor:
     numbers = [float(v) for v in values if not isinstance(v, Tensor)]
     made = iter(torch.tensor(numbers, dtype=dtype, device=x.device).unbind(0) if numbers else ())
     columns = [v if isinstance(v, Tensor) else next(made) for v in values]
-    columns = [c.to(dtype).reshape((*c.shape, *[1] * (ndim - c.ndim))) for c in columns]
+    columns = [c.to(x.device, dtype).reshape((*c.shape, *[1] * (ndim - c.ndim))) for c in columns]
     return torch.stack(torch.broadcast_tensors(*columns))
 
 
@@ -161,7 +163,7 @@ def sde_step(
         keys = torch.cat([keys[:, :2], keys[:, 2:] + step], 1)
     with torch.no_grad():
         rows = stack_rows([*coefs, std], tensors[0])
-        (x_next,) = combine(tensors, rows[None], keys=keys)
+        (x_next,) = combine(list(tensors), rows[None], keys=keys)
         return x_next, sde_log_prob(x_next, tensors, coefs, std, reduce=reduce)
 
 

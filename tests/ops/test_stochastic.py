@@ -240,6 +240,12 @@ def test_sum_of_squares_takes_numbers_and_rows():
     torch.testing.assert_close(two, torch.stack([expected, x.square().sum(1)], 1))
 
 
+def test_strided_tensors_are_taken():
+    x, y = random(2, 3, 4).mT.requires_grad_(), random(2, 4, 3, seed=1)
+    (grad,) = torch.autograd.grad(sum_of_squares([x, y], [1.0, -1.0]).sum(), x)
+    torch.testing.assert_close(grad, 2 * (x - y).detach())
+
+
 def test_gradients_take_one_launch(monkeypatch):
     calls = []
     monkeypatch.setattr(stochastic, "combine", lambda *a, **k: calls.append(k) or combine(*a, **k))
@@ -281,6 +287,7 @@ def test_refusals():
         (lambda: sde_log_prob(x, [x, x], [1.0], 0.1), "expected 2 coefficients, got 1"),
         (lambda: sde_kl(x, x, 1.0, torch.ones(2, 3)), r"std must be .* got \[2, 3\]"),
         (lambda: sde_kl(x, x, 1.0, 0.1, reduce="max"), "reduce must be"),
+        (lambda: sum_of_squares([x, x[:, :1]], [1.0, 2.0]), r"one shape, got \[\[2, 3\], \[2, 1\]\]"),
         (lambda: sum_of_squares([x], [1.0, 2.0]), r"expected 1 coefficients a row, got \[2\]"),
         (lambda: sum_of_squares([x], torch.ones(4, 1, dtype=F64)), r"got \[4, 1\]"),
         (lambda: stack_rows([torch.ones(1, 1, 1)], x), "more axes"),
