@@ -43,6 +43,7 @@ from rfkernels.objectives.interpolate import (
     interpolate,
     joint_flip,
     phased_interpolate,
+    phased_window,
 )
 from rfkernels.objectives.losses import (
     elementwise_huber,
@@ -120,6 +121,7 @@ __all__ = [
     "one_step_loss",
     "path_straightness",
     "phased_interpolate",
+    "phased_window",
     "policy_loss",
     "pseudo_huber",
     "reflow_pairs",

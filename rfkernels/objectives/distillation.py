@@ -131,7 +131,7 @@ def matching_target(
     The student's u is the average velocity from x to the data, :math:`x_0 = x - \sigma u`, for which
     :math:`u = v - \sigma\,du/d\sigma` along the teacher's flow. D is that derivative: "continuous" a
     Jacobian-vector product along :math:`(v_T, 1)`, "discrete"
-    :math:`(u(x, \sigma) - u(x - \delta v_T, \sigma - \delta))/\delta`. `MDT-dist` (2025).
+    :math:`(u(x, \sigma) - u(x - \delta v_T, \sigma - \delta))/\delta`. MDT-dist, 2025.
 
     Args:
         v_teacher: guided as usual; the authors' weights 40 and 100 are guidance 41 and 101 here.
@@ -226,23 +226,31 @@ def shortcut_steps(keys: Tensor, halvings: int, *, fraction: float = 0.25) -> Te
 
 
 def shortcut_target(
-    velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor, d: Tensor
+    velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    sigma: Tensor,
+    d: Tensor,
+    flow: Tensor | None = None,
 ) -> Tensor:
     r"""Returns :math:`\frac12[v(x,\sigma,\frac d2) + v(x - \frac d2 v, \sigma - \frac d2, \frac d2)]`.
 
-    Two half steps in one: what a step of size d says. Frans et al., "One step diffusion via shortcut
-    models", 2024.
+    Two half steps in one: what a step of size d says. Where d is 0 it is the model's own velocity, no target:
+    give `flow` for those samples. Frans et al., "One step diffusion via shortcut models", 2024.
 
     Args:
         velocity: takes (x, sigma `[batch]`, step size `[batch]`).
         sigma, d: `[batch]`; :math:`\sigma - d` not below 0.
+        flow: the flow-matching target, taken where d is 0.
     """
     t, half = level_of(sigma, x), batch_level(d, x) / 2
     size = half.to(t.dtype)
     with torch.no_grad():
         first = velocity(x, t, size)
         second = velocity(combined([x, first], [1.0, -half]), t - size, size)
-        return combined([first, second], [0.5, 0.5])
+        if flow is None:
+            return combined([first, second], [0.5, 0.5])
+        two = 0.5 * (half > 0)
+        return combined([first, second, flow], [two, two, 1 - 2 * two])
 
 
 def straightening_target(

@@ -30,6 +30,7 @@ __all__ = [
     "interpolate",
     "joint_flip",
     "phased_interpolate",
+    "phased_window",
 ]
 
 _FLIP = 0x666C6970  # "flip"
@@ -248,6 +249,27 @@ def joint_flip(x0: Tensor, noise: Tensor, keys: Tensor, *, dim: int = -1) -> tup
     coin = philox_normal((len(keys), 1), stream(keys, _FLIP))
     mirror = expand_rows(coin[:, 0] < 0, x0)
     return torch.where(mirror, x0.flip(dim), x0), torch.where(mirror, noise.flip(dim), noise)
+
+
+def phased_window(
+    index: int, *, steps: int = 40, phases: int = 4, train_steps: int = 1000
+) -> tuple[int, int]:
+    """Returns the timesteps (start, end) of the window that DDIM step `index` lies in, start the noisier.
+
+    With the defaults, Rectified Diffusion's, windows start at 249, 499, 749 and 999 and end where the next
+    one starts, the last at 0.
+
+    Raises:
+        ValueError: steps that do not divide into phases, or an index outside of them.
+    """
+    if phases < 1 or steps % phases or train_steps < steps or not 0 <= index < steps:
+        raise ValueError(
+            "phased_window: expected phases that divide steps and 0 <= index < steps, "
+            f"got index {index}, steps {steps}, phases {phases}, train_steps {train_steps}"
+        )
+    ratio, size = train_steps // steps, steps // phases
+    first = index // size * size
+    return (first + size) * ratio - 1, max(first * ratio - 1, 0)
 
 
 def phased_interpolate(

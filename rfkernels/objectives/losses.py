@@ -8,7 +8,6 @@ Weights are one for each sample, `[batch]`, or row scalars within it: `[batch, 1
 of a video. They multiply squares before these are averaged, so that they have the effect they say they have.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -222,12 +221,9 @@ def one_step_loss(
     return reduce_samples(losses, v, reduction)
 
 
-def check_level(name: str, value: float) -> None:
-    """Raises ValueError for a number that is no level."""
-    if not (0 <= value <= 1 and math.isfinite(value)):
-        raise ValueError(f"{name} must be in 0 .. 1, got {value}")
-
-
 def batch_level(value: float | Tensor, x: Tensor) -> Tensor:
     """A level as float64 `[batch]` on the device of `x`."""
-    return torch.as_tensor(value, dtype=torch.float64, device=x.device).expand(len(x))
+    level = torch.as_tensor(value, dtype=torch.float64, device=x.device)
+    if level.ndim > 1 or level.numel() not in (1, len(x)):
+        raise ValueError(f"a level must be a number or [{len(x)}], got {list(level.shape)}")
+    return level.expand(len(x))

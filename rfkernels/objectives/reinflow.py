@@ -28,7 +28,7 @@ NoisyPolicy = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class Chain(NamedTuple):
-    """What a rollout made: K + 1 states, of which the last is the action, and float64 `[batch]`."""
+    """K + 1 states, the last of which is the action, and their log-probability, float64 `[batch]`."""
 
     states: tuple[Tensor, ...]
     log_prob: Tensor

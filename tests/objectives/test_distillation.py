@@ -156,6 +156,14 @@ def test_shortcut_residual_is_zero_for_exact_steps():
     torch.testing.assert_close(shortcut_target(affine, x, SIGMA, d), affine(x, SIGMA, d), rtol=0, atol=1e-13)
 
 
+def test_shortcut_targets_of_no_step_are_flow_matching():
+    x, flow, d = normal(3, 6), normal(3, 6, seed=1), torch.tensor([0.0, 0.5, 0.0], dtype=F64)
+    velocity = lambda x, sigma, d: x * column(sigma + d, x)
+    target = shortcut_target(velocity, x, SIGMA, d, flow)
+    assert torch.equal(target[0], flow[0]) and torch.equal(target[2], flow[2])
+    assert torch.equal(target[1], shortcut_target(velocity, x, SIGMA, d)[1])
+
+
 def test_shortcut_steps_are_powers_of_two_for_a_quarter():
     d = shortcut_steps(noise_keys(0, 8000), 4)
     assert set(d.tolist()) == {0.0, 1.0, 0.5, 0.25, 0.125}
@@ -238,6 +246,8 @@ def test_reflow_lowers_the_transport_cost():
         assert abs(float(cost.mean()) - expected) < 4 * float(cost.std()) / count**0.5 + 2e-3
     # the map is monotone, and the marginal is the data's
     order = start[:, 0].argsort()
+    half, _ = interpolate(made, 0.5, start)
+    assert (half[order, 0].diff() > -1e-4).all()  # lines do not cross: the second flow is straight
     assert (made[order, 0].diff() > -1e-4).all()
     assert abs(float(made.mean()) - 0.25) < 0.04
 
@@ -289,6 +299,7 @@ def test_refusals():
     for call, message in [
         (lambda: matching_target(teacher, x, x, SIGMA, mode="cm"), "got 'cm'"),
         (lambda: matching_target(teacher, x, x, SIGMA, delta=0.0), "delta > 0"),
+        (lambda: guided_point(x, x, torch.ones(2)), r"a number or \[3\], got \[2\]"),
         (lambda: distill_sigma("t2", keys), "got 't2'"),
         (lambda: distill_sigma("k", keys, k=0), "k >= 1"),
         (lambda: shortcut_steps(keys, 0), "halvings >= 1"),

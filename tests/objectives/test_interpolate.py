@@ -19,6 +19,7 @@ from rfkernels.objectives import (
     interpolate,
     joint_flip,
     phased_interpolate,
+    phased_window,
     velocity_loss,
 )
 from rfkernels.ops import affine_step, noise_keys, philox_normal
@@ -197,6 +198,19 @@ def test_windows_of_phased_rectified_diffusion():
     assert torch.equal(phased_interpolate(x_start, x_end, start, start, end)[0], x_start)
     with pytest.raises(ValueError, match="start and end must differ"):
         phased_interpolate(x_start, x_end, start, tau, start)
+
+
+def test_windows_are_those_of_the_authors():
+    assert [phased_window(i) for i in (0, 9, 10, 25, 39)] == [
+        (249, 0),
+        (249, 0),
+        (499, 249),
+        (749, 499),
+        (999, 749),
+    ]
+    for bad in ({"index": 40}, {"index": 0, "phases": 3}, {"index": -1}):
+        with pytest.raises(ValueError, match="phased_window"):
+            phased_window(**bad)
 
 
 def test_refusals():
