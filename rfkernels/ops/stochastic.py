@@ -62,7 +62,9 @@ def sum_of_squares(tensors: Sequence[Tensor], coefs: Tensor | Sequence) -> Tenso
         raise ValueError(
             f"sum_of_squares: coefs must be [1..3, {len(tensors)}, *rows], got {list(coefs.shape)}"
         )
-    sums = _SumOfSquares.apply(coefs, *tensors)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (coefs, *tensors))
+    # Without gradients torch.compile does not take a Function with a setup_context.
+    sums = (_SumOfSquares.apply if differentiable else _SumOfSquares.forward)(coefs, *tensors)
     return sums[:, 0] if single else sums
 
 

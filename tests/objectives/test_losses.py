@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from rfkernels.objectives import (
+    LogitNormal,
     elementwise_huber,
+    interpolate,
+    loss_weight,
     lpips_huber,
     noise_loss_in_data_space,
     one_step_loss,
@@ -12,6 +15,7 @@ from rfkernels.objectives import (
     squared_error,
     velocity_loss,
 )
+from rfkernels.ops import noise_keys
 from tests.objectives.problem import F64, column, normal
 
 i8 = torch.arange(8, dtype=F64)[None]
@@ -160,6 +164,22 @@ def test_losses_compile_as_one_graph(name):
     torch.testing.assert_close(compiled(v, target), loss(v, target), rtol=1e-14, atol=0)
     (a,), (b,) = (torch.autograd.grad(f(v, target), v) for f in (compiled, loss))
     torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+def test_a_training_step_compiles_as_one_graph():
+    x0, keys, weights = normal(3, 4, 2), noise_keys(0, 3), normal(2, 2, seed=1).requires_grad_()
+
+    def step(x0, keys, weights):
+        sigma = LogitNormal().sample(keys)
+        x, target = interpolate(x0, sigma, keys=keys)
+        return velocity_loss(x @ weights, target, weight=loss_weight("cosmap", sigma))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    losses = compiled(x0, keys, weights), step(x0, keys, weights)
+    torch.testing.assert_close(*losses, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, weights) for loss in losses), rtol=1e-13, atol=1e-15
+    )
 
 
 def test_refusals():

@@ -270,6 +270,15 @@ def test_log_prob_compiles_as_one_graph(kind):
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-14, atol=1e-14)
 
 
+def test_step_compiles_as_one_graph():
+    x, v, keys = random(2, 6), random(2, 6, seed=1), noise_keys(5, 2)
+    coefs = torch.tensor([[0.9, -0.1], [0.8, -0.2]], dtype=F64)
+    std, index = torch.tensor([0.1, 0.3], dtype=F64), torch.tensor(1)
+    f = lambda x, v: sde_step([x, v], coefs, std, keys, step=index)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(compiled(x, v), f(x, v), strict=True))
+
+
 def test_kl_is_that_of_two_normal_distributions():
     v, w = random(2, 6), random(2, 6, seed=1)
     normal = lambda u: torch.distributions.Normal(-0.2 * u, 0.3)
