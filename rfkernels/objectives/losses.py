@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rfkernels.ops._register import accumulator
 from rfkernels.ops.solver import affine_step, linear_combination
-from rfkernels.ops.stochastic import stack_rows, sum_of_squares
+from rfkernels.ops.stochastic import sample_size, stack_rows, sum_of_squares
 
 __all__ = [
     "elementwise_huber",
@@ -35,6 +35,8 @@ def reduce_samples(losses: Tensor, like: Tensor, reduction: Reduction) -> Tensor
     """The mean of per-sample losses, or they themselves, in the dtype of `like`'s arithmetic."""
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+    if reduction == "mean" and not len(losses):
+        raise ValueError("a batch without samples has no mean loss")
     return (losses.mean() if reduction == "mean" else losses).to(accumulator(like.dtype))
 
 
@@ -53,7 +55,7 @@ def squared_error(
         coefs: a number or row scalar for each.
         weight: not negative; a row scalar.
     """
-    size = tensors[0][0].numel()
+    size = sample_size(tensors[0])
     if weight is None or weight.ndim <= 1:
         losses = sum_of_squares(tensors, list(coefs)) / size
         return losses if weight is None else losses * weight.double()
@@ -98,7 +100,7 @@ def pseudo_huber(
     Raises:
         ValueError: c that is not positive, or a weight with more axes.
     """
-    size = prediction[0].numel()
+    size = sample_size(prediction)
     c = 0.00054 * size if c is None else c
     if not c > 0:
         raise ValueError(f"pseudo_huber: c must be positive, got {c}")
@@ -195,7 +197,7 @@ def lpips_huber(
     Raises:
         ValueError: a distance that is not one number a sample.
     """
-    size = v[0].numel()
+    size = sample_size(v)
     c = 0.00054 * size if c is None else c
     sigma = sigma.double()
     huber = _huber(sum_of_squares([v, noise, x0], [1.0, -1.0, 1.0]), c) / size

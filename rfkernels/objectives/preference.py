@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from rfkernels.objectives.losses import batch_level, squared_error
-from rfkernels.ops.stochastic import sum_of_squares
+from rfkernels.ops.stochastic import sample_size, sum_of_squares
 
 __all__ = [
     "PolicyLoss",
@@ -161,7 +161,7 @@ def dpo_logits(
         ours, reference = sum_of_squares(
             [v, v_ref.detach(), noise, x0], [[1.0, 0.0, -1.0, 1.0], [0.0, 1.0, -1.0, 1.0]]
         ).unbind(1)
-        gains.append((ours - reference) / noise[0].numel())
+        gains.append((ours - reference) / sample_size(noise))
     scale = -beta / 2
     if weighting == "noise":
         scale = scale * (1 - batch_level(sigma, noise)) ** 2

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rfkernels.ops.noise import philox_normal
 from rfkernels.ops.solver import affine_step
-from rfkernels.ops.stochastic import sde_log_prob, stack_rows, sum_of_squares
+from rfkernels.ops.stochastic import sample_size, sde_log_prob, stack_rows, sum_of_squares
 
 __all__ = ["Chain", "chain_entropy", "chain_log_prob", "exploration_high", "noise_std", "rollout"]
 
@@ -142,7 +142,7 @@ def chain_log_prob(
     """
     if len(states) < 2:
         raise ValueError(f"chain_log_prob: expected two states or more, got {len(states)}")
-    steps, size = len(states) - 1, states[0][0].numel()
+    steps, size = len(states) - 1, sample_size(states[0])
     total = 0
     if initial:
         total = -0.5 * (sum_of_squares([states[0]], [1.0]) + size * math.log(2 * math.pi))
@@ -162,7 +162,7 @@ def chain_entropy(stds: Sequence[Tensor], *, initial: bool = True, per_element: 
         initial: the first state, standard normal, counts.
     """
     constant = 0.5 * math.log(2 * math.pi * math.e)
-    size = stds[0][0].numel()
+    size = sample_size(stds[0])
     total = sum((s.double().log() + constant).flatten(1).sum(1) for s in stds)
     total = (total + size * constant * initial) / (len(stds) + initial)
     return total / size if per_element else total

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rfkernels.ops.stochastic import sum_of_squares
+from rfkernels.ops.stochastic import sample_size, sum_of_squares
 
 __all__ = ["path_straightness", "straightness", "transport_cost"]
 
@@ -68,7 +68,7 @@ def path_straightness(states: Sequence[Tensor], sigmas: Tensor) -> Tensor:
         sum_of_squares([a, b, first, last], [1 / h, -1 / h, -1.0, 1.0])
         for a, b, h in zip(states, states[1:], steps, strict=False)
     ]
-    return torch.stack(terms).mean(0) / first[0].numel()
+    return torch.stack(terms).mean(0) / sample_size(first)
 
 
 def transport_cost(x0: Tensor, noise: Tensor) -> Tensor:

@@ -136,6 +136,14 @@ def stack_rows(values: Sequence[float | Tensor], x: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*columns))
 
 
+def sample_size(x: Tensor) -> int:
+    """Returns how many elements a sample of `x` has; ValueError where it has none, and no mean."""
+    size = x.shape[1:].numel()
+    if size == 0:
+        raise ValueError(f"expected samples with elements, got {list(x.shape)}")
+    return size
+
+
 def sde_step(
     tensors: Sequence[Tensor],
     coefs: Sequence[float | Tensor] | Tensor,
@@ -198,12 +206,14 @@ def sde_log_prob(
         raise ValueError(f'sde_log_prob: reduce must be "mean" or "sum", got {reduce!r}')
     if len(coefs) != len(tensors):
         raise ValueError(f"sde_log_prob: expected {len(tensors)} coefficients, got {len(coefs)}")
-    x, size = tensors[0], x_next[0].numel()
+    x, size = tensors[0], sample_size(x_next)
     (std,) = stack_rows([std], x)
     sign = torch.where(std == 0, 0, 1).to(std.dtype)
     safe = torch.where(std == 0, 1, std)
     log_std = (safe.double().abs().log() + 0.5 * math.log(2 * math.pi)) * sign
-    if std.ndim < 2 or std[0].numel() == 1:  # one for each sample: the mean is made as the step made it
+    if (
+        std.ndim < 2 or std.shape[1:].numel() == 1
+    ):  # one for each sample: the mean is made as the step made it
         safe, sign, log_std = (t.reshape(-1) for t in (safe, sign, log_std))
         rows = stack_rows([*(-c for c in coefs), 1.0], x)
         total = sum_of_squares([*tensors, x_next], rows[None])[:, 0] * sign
@@ -239,7 +249,7 @@ def sde_kl(
     std = std.double()
     total = sum_of_squares([v, v_ref], [coef, -coef])
     kl = torch.where(std == 0, 0, total / (2 * torch.where(std == 0, 1, std) ** 2))
-    return kl / v[0].numel() if reduce == "mean" else kl
+    return kl / sample_size(v) if reduce == "mean" else kl
 
 
 class StepCoefs(NamedTuple):

@@ -186,6 +186,8 @@ def test_refusals():
     v = normal(2, 3)
     for call, message in [
         (lambda: velocity_loss(v, v, reduction="sum"), "reduction must be .* got 'sum'"),
+        (lambda: velocity_loss(v[:, :0], v[:, :0]), r"with elements, got \[2, 0\]"),
+        (lambda: velocity_loss(v[:0], v[:0]), "without samples"),
         (lambda: pseudo_huber(v, v, c=0.0), "c must be positive"),
         (lambda: pseudo_huber(v, v, weight=torch.ones(2, 1)), r"must be \[batch\], got \[2, 1\]"),
         (lambda: elementwise_huber([v], [1.0], c=-1.0), "c must be positive"),

@@ -294,6 +294,7 @@ def test_refusals():
     for call, message in [
         (lambda: sde_log_prob(x, [x], [1.0], 0.1, reduce="max"), "reduce must be .* got 'max'"),
         (lambda: sde_log_prob(x, [x, x], [1.0], 0.1), "expected 2 coefficients, got 1"),
+        (lambda: sde_log_prob(x[:, :0], [x[:, :0]], [1.0], 0.1), r"with elements, got \[2, 0\]"),
         (lambda: sde_kl(x, x, 1.0, torch.ones(2, 3)), r"std must be .* got \[2, 3\]"),
         (lambda: sde_kl(x, x, 1.0, 0.1, reduce="max"), "reduce must be"),
         (lambda: sum_of_squares([x, x[:, :1]], [1.0, 2.0]), r"one shape, got \[\[2, 3\], \[2, 1\]\]"),
