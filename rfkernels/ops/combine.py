@@ -181,8 +181,8 @@ def moments(tensors: Sequence[Tensor], coefs: Tensor) -> Tensor:
     r"""Returns per sample the sums and products of one to three combinations :math:`o_j = \sum_k c_{jk} y_k`.
 
     float64 `[batch, J + J(J+1)/2]`: :math:`\sum o_0, \dots, \sum o_{J-1}`, then
-    :math:`<o_0,o_0>, <o_0,o_1>, \dots, <o_1,o_1>, \dots`. The combinations are made in float32 (float64), their
-    products summed in a fixed order: the same bits at every run, for a sample alone or in a batch.
+    :math:`<o_0,o_0>, <o_0,o_1>, \dots, <o_1,o_1>, \dots`. The combinations are made in float32 (float64),
+    their products summed in a fixed order: the same bits at every run, for a sample alone or in a batch.
 
     Args:
         tensors: one to eight, as in `combine`.
