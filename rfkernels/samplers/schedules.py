@@ -188,7 +188,7 @@ def linear_quadratic(steps: int, *, threshold: float = 0.025, linear_steps: int 
 
 
 def given(sigmas: Sequence[float] | Tensor) -> Tensor:
-    """Levels of one's own, checked: strictly falling within [0, 1]; a 0 is put at the end if it is missing."""
+    """Levels of one's own, checked: falling strictly within [0, 1]; a 0 is added where it is missing."""
     levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").clone()
     _require(levels.ndim == 1 and len(levels) >= 1, f"sigmas must be [steps], got {list(levels.shape)}")
     inside = bool(((levels >= 0) & (levels <= 1)).all()) and levels[0] > 0
