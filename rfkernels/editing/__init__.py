@@ -1,0 +1,5 @@
+"""Editing, inversion and inverse problems on a rectified flow: nothing is trained, a velocity is enough."""
+
+from rfkernels.editing.flowedit import *
+from rfkernels.editing.inversion import *
+from rfkernels.editing.transport import *
