@@ -1,5 +1,7 @@
 """Editing, inversion and inverse problems on a rectified flow: nothing is trained, a velocity is enough."""
 
+from rfkernels.editing.flowchef import *
 from rfkernels.editing.flowedit import *
 from rfkernels.editing.inversion import *
+from rfkernels.editing.reward import *
 from rfkernels.editing.transport import *
