@@ -2,6 +2,9 @@
 
 from rfkernels.editing.flowchef import *
 from rfkernels.editing.flowedit import *
+from rfkernels.editing.inpaint import *
 from rfkernels.editing.inversion import *
 from rfkernels.editing.reward import *
 from rfkernels.editing.transport import *
+from rfkernels.editing.wavestitch import *
+from rfkernels.editing.windows import *
