@@ -1,7 +1,42 @@
-"""Samplers: noise levels (`schedule`), methods as data (`METHODS`), and the one loop (`sample`)."""
+"""Samplers: noise levels (`schedule`), methods as data (`METHODS`), plans, and the loop (`sample`)."""
 
-from rfkernels.samplers.methods import METHODS, Method, nfe
+from rfkernels.samplers.guidance import (
+    APG,
+    CFG,
+    CFGZeroStar,
+    Guide,
+    Interval,
+    NormMatched,
+    Perpendicular,
+    Rescaled,
+    SkipLayer,
+)
+from rfkernels.samplers.methods import METHODS, Method, nfe, plan_for
+from rfkernels.samplers.plan import Plan, Stage, State, init, step
 from rfkernels.samplers.sample import StepInfo, sample
 from rfkernels.samplers.schedules import SCHEDULES, schedule
 
-__all__ = ["METHODS", "SCHEDULES", "Method", "StepInfo", "nfe", "sample", "schedule"]
+__all__ = [
+    "APG",
+    "CFG",
+    "METHODS",
+    "SCHEDULES",
+    "CFGZeroStar",
+    "Guide",
+    "Interval",
+    "Method",
+    "NormMatched",
+    "Perpendicular",
+    "Plan",
+    "Rescaled",
+    "SkipLayer",
+    "Stage",
+    "State",
+    "StepInfo",
+    "init",
+    "nfe",
+    "plan_for",
+    "sample",
+    "schedule",
+    "step",
+]

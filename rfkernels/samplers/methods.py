@@ -1,61 +1,70 @@
-r"""Sampling methods as data: an explicit Runge-Kutta table, or an Adams-Bashforth step of two velocities.
+r"""Sampling methods as data, and the plans that they make of a grid of noise levels.
 
-A step from :math:`\sigma` by :math:`h` evaluates
-
-.. math:: v_i = v(x + h \sum_{j<i} a_{ij} v_j,\; \sigma + c_i h), \qquad x' = x + h \sum_i b_i v_i
-
-and a multistep method adds velocities of the steps before to the last sum.
+With :math:`h = \sigma' - \sigma` the signed step, :math:`D = x - \sigma v` the estimate of the data,
+:math:`\hat\epsilon = x + (1-\sigma)v` that of the noise.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["METHODS", "Method", "method_named", "nfe"]
+from torch import Tensor
+
+from rfkernels.samplers._grid import Grid, check_grid
+from rfkernels.samplers.linear_methods import adams_bashforth, fireflow, runge_kutta, taylor
+from rfkernels.samplers.plan import Plan, Stage
+
+__all__ = ["METHODS", "Method", "method_named", "nfe", "plan_for"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method: nodes c, matrix a (row i has i entries), weights b; `order` is that of its convergence.
+    """One method.
 
-    `multistep` replaces the weights by those of variable-step Adams-Bashforth, over this
-    velocity and the last.
+    Attributes:
+        order: of its convergence on smooth velocities; of stochastic methods the weak order.
+        build: `build(grid, **options)`, its stages; None for adaptive methods, which `sample` runs alone.
+        evaluations: of the velocity in a step.
+        extra: evaluations that a run has beyond those.
+        stochastic: whether it draws noise with its default options.
+        options: defaults that differ from those of `build`.
     """
 
     order: int
-    c: tuple[float, ...] = (0.0,)
-    a: tuple[tuple[float, ...], ...] = ((),)
-    b: tuple[float, ...] = (1.0,)
-    multistep: bool = False
+    build: Callable[..., Iterable[Stage]] | None
+    evaluations: int = 1
+    extra: int = 0
+    stochastic: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def stages(self) -> int:
-        return len(self.c)
+    def adaptive(self) -> bool:
+        return self.build is None
 
-    @property
-    def terms(self) -> int:
-        """The most velocities that one launch combines."""
-        return 2 if self.multistep else max(sum(w != 0 for w in row) for row in (*self.a, self.b))
 
-    def weights(self, h: float, previous_h: float | None) -> tuple[float, ...]:
-        """What the velocities of the step are multiplied by, with the last step's velocity after them."""
-        if not self.multistep or previous_h is None:
-            return tuple(h * w for w in self.b)
-        half = h / previous_h / 2  # integral of the line through both velocities
-        return h * (1 + half), -h * half
-
+_MIDPOINT = runge_kutta((0, 1 / 2), ((), (1 / 2,)), (0, 1))
 
 METHODS: dict[str, Method] = {
-    "euler": Method(1),
+    "euler": Method(1, runge_kutta((0,), ((),), (1,))),
     # Explicit midpoint. RF-Solver's second-order Taylor step (Wang et al., 2024) is the same arithmetic.
-    "midpoint": Method(2, (0, 1 / 2), ((), (1 / 2,)), (0, 1)),
-    "heun": Method(2, (0, 1), ((), (1,)), (1 / 2, 1 / 2)),
+    "midpoint": Method(2, _MIDPOINT, 2),
+    "rf-solver": Method(2, _MIDPOINT, 2),
+    "heun": Method(2, runge_kutta((0, 1), ((), (1,)), (1 / 2, 1 / 2)), 2),
+    "ralston": Method(2, runge_kutta((0, 2 / 3), ((), (2 / 3,)), (1 / 4, 3 / 4)), 2),
     "rk4": Method(
-        4, (0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+        4,
+        runge_kutta(
+            (0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+        ),
+        4,
     ),
-    "ab2": Method(2, multistep=True),
+    "ab2": Method(2, adams_bashforth, options={"order": 2}),
+    "ab3": Method(3, adams_bashforth, options={"order": 3}),
+    "ab4": Method(4, adams_bashforth, options={"order": 4}),
+    "taylor": Method(2, taylor),
+    "fireflow": Method(2, fireflow, extra=1),
 }
-METHODS["rf-solver"] = METHODS["midpoint"]
 
 
 def method_named(name: str) -> Method:
@@ -66,11 +75,38 @@ def method_named(name: str) -> Method:
 
 
 def nfe(method: str, steps: int) -> int:
-    """How many times `steps` steps of a method evaluate the velocity."""
-    return method_named(method).stages * steps
+    """How many times `steps` steps of a method evaluate the velocity, with its default options.
+
+    Raises:
+        ValueError: an unknown method, or an adaptive one, which decides while it runs.
+    """
+    entry = method_named(method)
+    if entry.adaptive:
+        raise ValueError(f"nfe: {method} is adaptive, how often it evaluates depends on the velocity")
+    return entry.evaluations * steps + entry.extra
 
 
-def stage_sigmas(method: Method, sigmas: Sequence[float]) -> list[float]:
-    """The noise levels of all evaluations along a grid, in order."""
-    # a node at 1 is the grid's next level to the bit
-    return [end if c == 1 else start + c * (end - start) for start, end in pairwise(sigmas) for c in method.c]
+def plan_for(method: str, sigmas: Tensor | Sequence[float], **options: Any) -> Plan:
+    """Returns the plan of a method in `METHODS` along `sigmas`, `[steps + 1]` or `[steps + 1, *rows]`.
+
+    Levels per sample (`[steps + 1, batch]`) or frame (`[steps + 1, batch, 1, frames]`) may rest: where a
+    level does not move the state stays. `options` are those of the method's builder, see docs/samplers.md.
+
+    Raises:
+        ValueError: an unknown method or option, an option out of its range, levels that are not monotone.
+    """
+    entry = method_named(method)
+    levels = check_grid(sigmas)
+    if entry.build is None:
+        raise ValueError(f"plan_for: {method} is adaptive and has no plan, call sample")
+    known = [p.name for p in inspect.signature(entry.build).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if unknown := options.keys() - set(known):
+        takes = f"takes {', '.join(known)}" if known else "takes no options"
+        raise ValueError(f"{method} {takes}, got {', '.join(sorted(unknown))}")
+    chosen = {**entry.options, **options}
+
+    def make(first: int, breaks: frozenset[int]) -> Plan:
+        stages = tuple(entry.build(Grid(levels, first, breaks), **chosen))
+        return Plan(method, entry.order, levels, stages, make)
+
+    return make(0, frozenset())

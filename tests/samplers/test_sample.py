@@ -8,7 +8,7 @@ import torch
 from rfkernels.samplers import METHODS, StepInfo, nfe, sample, schedule
 from tests.ops.cases import every_device
 
-loop = importlib.import_module("rfkernels.samplers.sample")
+plans = importlib.import_module("rfkernels.samplers.plan")
 F64 = torch.float64
 
 
@@ -46,18 +46,15 @@ def test_guidance_is_folded_into_every_method(method, per_sample, device):
     )
 
 
-@pytest.mark.parametrize("method, guided, launches", [
-    ("euler", False, 1), ("euler", True, 1), ("midpoint", True, 2), ("heun", False, 2), ("heun", True, 2),
-    ("rk4", False, 4), ("rk4", True, 4 + 4), ("ab2", False, 1), ("ab2", True, 1),
-])  # fmt: skip
-def test_a_step_takes_as_few_launches_as_it_can(method, guided, launches, monkeypatch):
+@every_method
+@pytest.mark.parametrize("guided", [False, True])
+def test_an_evaluation_is_followed_by_one_launch(method, guided, monkeypatch):
     calls = []
-    for name in ("affine_step", "cfg_step", "linear_combination"):
-        op = getattr(loop, name)
-        monkeypatch.setattr(loop, name, lambda *a, op=op, **k: calls.append(op) or op(*a, **k))
+    combine = plans.combine
+    monkeypatch.setattr(plans, "combine", lambda *a, **k: calls.append(a) or combine(*a, **k))
     sample(pair if guided else cond, torch.randn(2, 8), schedule("linear", 5), method=method,
            guidance=3.0 if guided else None)  # fmt: skip
-    assert len(calls) == 5 * launches
+    assert len(calls) == nfe(method, 5)
 
 
 @every_method
@@ -78,7 +75,7 @@ def test_velocity_is_evaluated_as_often_as_nfe_says(method):
 @every_method
 def test_16_bit_velocities_move_a_float32_state(method, device):
     x = torch.randn(2, 64, device=device)
-    sigmas = schedule("linear", 8)
+    sigmas = schedule("linear", 16)
     exact = sample(pair, x.double(), sigmas, method=method, guidance=2.0)
 
     def rough(x, sigma):
@@ -130,6 +127,8 @@ def test_callback_sees_every_step_and_the_data_estimate(method):
     assert [i.step for i in seen] == [0, 1, 2, 3] and all(isinstance(i, StepInfo) for i in seen)
     assert [i.sigma for i in seen] == sigmas[:-1].tolist() and seen[0].steps == 4
     assert torch.equal(seen[-1].x, result) and not torch.equal(seen[0].x, seen[1].x)
+    if method == "fireflow":  # whose first evaluation of a step is in its middle
+        return
     for info, start in zip(seen, [x, *(i.x for i in seen)], strict=False):
         u, c = pair(start, torch.full((2,), info.sigma, dtype=F64))
         torch.testing.assert_close(info.x0, start - info.sigma * (u + 2.0 * (c - u)))
@@ -161,7 +160,7 @@ def test_an_empty_batch_stays_empty():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"method": "dpm"}, "method must be one of euler, midpoint, heun, rk4, ab2, rf-solver, got 'dpm'"),
+        ({"method": "dpm"}, r"method must be one of euler, .*, got 'dpm'"),
         ({"sigmas": torch.tensor([1.0])}, "at least one step"),
         ({"sigmas": torch.tensor([1.0, 0.5, 0.5, 0.0])}, "strictly monotone"),
         ({"sigmas": torch.tensor([1.0, torch.nan, 0.0])}, "finite and strictly monotone"),
@@ -170,7 +169,7 @@ def test_an_empty_batch_stays_empty():
         ({"guidance": 2.0}, r"must return a pair \(uncond, cond\), since guidance is given, got Tensor"),
         ({"velocity": pair, "guidance": torch.ones(3)}, r"guidance must be a number or \[2\], got \[3\]"),
         ({"velocity": lambda x, s: x[:, :2]}, r"shape of x \[2, 5\], got \[2, 2\]"),
-        ({"velocity": lambda x, s: x.double()}, "expected one dtype, or f32 first and f16 or bf16"),
+        ({"velocity": lambda x, s: x.double()}, "float64 beside a float64 x alone, got torch.float64"),
     ],
 )
 def test_sample_refuses(change, message):
