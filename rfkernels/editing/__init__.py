@@ -1,5 +1,6 @@
 """Editing, inversion and inverse problems on a rectified flow: nothing is trained, a velocity is enough."""
 
+from rfkernels.editing import operators as operators
 from rfkernels.editing.features import *
 from rfkernels.editing.flowchef import *
 from rfkernels.editing.flowedit import *

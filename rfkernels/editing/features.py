@@ -208,8 +208,8 @@ def _replaced(out: Tensor, stored: Tensor, tokens: slice, part: slice, name: str
     wanted = out[:, tokens, part].shape
     if stored.shape[1:] != wanted[1:] or wanted[0] % stored.shape[0]:
         raise ValueError(
-            f"ValueSharing: V of {name} is {list(stored.shape)}, and {list(wanted)} is to be replaced: "
-            "both runs need one size of picture, one length of text (or picture=), and whole multiples of the batch"
+            f"ValueSharing: V of {name} is {list(stored.shape)}, to replace {list(wanted)}: both runs "
+            "need one size of picture, one length of text (or picture=), and whole multiples of the batch"
         )
     stored = stored.to(out.device, out.dtype).repeat(wanted[0] // stored.shape[0], 1, 1)
     if wanted == out.shape:
