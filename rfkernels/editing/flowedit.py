@@ -18,8 +18,13 @@ from rfkernels.editing._launches import Launches, Velocity, evaluate, falling, l
 from rfkernels.editing.transport import coupling_entropy
 from rfkernels.ops import combine, linear_combination, noise_keys, philox_normal
 from rfkernels.ops._register import accumulator
+from rfkernels.samplers import init, plan_for, step
+from rfkernels.samplers.methods import method_named
 
 __all__ = ["flow_edit", "pair_velocity", "pyramid_jump"]
+
+_FUSED = ("euler", "ab2")  # methods whose step is the update itself
+_TAIL = 2**31  # key step of the tail's noise, which no draw before it has
 
 
 def pair_velocity(source: Velocity, target: Velocity) -> Velocity:
@@ -78,9 +83,9 @@ def flow_edit(
         n_max: None for all steps; FLUX 24 of 28, SD3 33 of 50.
         source_guidance, target_guidance: both or neither, numbers or `[batch]`; SD3 3.5 and 13.5.
         target: `target(z, sigma)` for the targets alone, `[batch, ...]`; required with `n_min`.
-        method: "euler", or "ab2": the step that Wan-Edit (Li et al., FiVE-Bench, 2025) takes in spirit, a
-            multistep method whose history is the difference. Its noise is fresh each step, so the history
-            is noisy.
+        method: "euler" or "ab2", or another of `sample` for the equation of d, a launch more. Wan-Edit (Li
+            et al., FiVE-Bench, 2025) takes "unipc", whose history is then of differences; the noise is fresh
+            each step, so the history is noisy.
         seeds: one for all or one for each sample.
         compat: None, or "wan-edit": the noise level of a step is that of the step before (released code),
             while the model is told its own.
@@ -102,40 +107,73 @@ def flow_edit(
     noisy = grid if compat is None else [grid[0], *grid[:-1]]
     span = range(first, last)
     edit = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    if span:
-        prepare = _Prepare(x, [noisy[i] for i in span for _ in range(n_avg)], seeds)
-        scale = 1.0 if strength is None or n_avg > 1 else strength
-        update = _Update(x, grid, span, n_avg, weights, scale, method)
-        transport = None if strength is None or n_avg == 1 else (strength, reg)
-        edit = _edit(name, velocity, x, edit, prepare, update, levels(grid, x, 2 * len(x)), span, transport)
+    scale = 1.0 if strength is None or n_avg > 1 else strength
+    transport = None if strength is None or n_avg == 1 else (strength, reg)
+    run = _Run(name, velocity, x, n_avg, weights[0] is not None, transport, seeds)
+    if span and method in _FUSED:
+        edit = run.fused(edit, grid, [noisy[i] for i in span], span, weights, scale, method)
+    elif span:
+        plan = plan_for(method, torch.tensor(grid[first : last + 1], dtype=torch.float64))
+        edit = run.planned(edit, plan, noisy[first:last] if compat else None, weights, scale)
     if not n_min:
         one = torch.ones(2, dtype=accumulator(x.dtype), device=x.device)
         return linear_combination([x.contiguous(), edit], one)
-    return _tail(name, target, x, edit, grid[last:], weights[1], seeds, count * n_avg)
+    return _tail(name, target, x, edit, grid[last:], weights[1], seeds)
 
 
-def _edit(name, velocity, x, edit, prepare, update, sigma, span, transport) -> Tensor:
-    """d after the steps of `span`."""
-    n_avg, guided, batch = update.n_avg, update.guided, len(x)
-    for j, i in enumerate(span):
+class _Run:
+    """The evaluations of an edit: the two points, their velocities, and what a draw counts for."""
+
+    def __init__(self, name, velocity, x, n_avg, guided, transport, seeds):
+        self.name, self.velocity, self.x, self.n_avg = name, velocity, x.contiguous(), n_avg
+        self.guided, self.transport, self.seeds = guided, transport, seeds
+
+    def fused(self, edit, grid, noisy, span, weights, scale, method) -> Tensor:
+        """Euler's and Adams-Bashforth's methods: the update is the step."""
+        coefs = _step_rows(grid, span, self.n_avg, _parts(weights), scale, method)
+        update = _Update(self.x, coefs)
+        prepare = _Prepare(self.x, noisy, self.n_avg, self.seeds)
+        sigma = levels([grid[i] for i in span], self.x, 2 * len(self.x))
+        for j in range(len(span)):
+            moved = edit
+            for at, v, factor in self.draws(j, prepare, edit, sigma[j]):
+                moved = update(at, moved, v, factor)
+            edit = moved
+        return edit
+
+    def planned(self, edit, plan, noisy, weights, scale) -> Tensor:
+        """Any plan: the update makes the mean difference, the plan's launch the step."""
+        coefs = _mean_rows(self.n_avg, _parts(weights), scale)
+        update = _Update(self.x, coefs)
+        stages = plan.stages
+        at_levels = [noisy[s.step] if noisy else s.sigma for s in stages]
+        prepare = _Prepare(self.x, at_levels, self.n_avg, self.seeds)
+        sigma = levels([s.sigma for s in stages], self.x, 2 * len(self.x))
+        state = init(plan, edit)
+        for j in range(len(stages)):
+            difference = torch.zeros_like(edit)
+            for at, v, factor in self.draws(j, prepare, state.x, sigma[j]):
+                difference = update(at % self.n_avg, difference, v, factor)
+            state = step(state, difference)
+        return state.memory[stages[-1].result]
+
+    def draws(self, j: int, prepare: "_Prepare", edit: Tensor, sigma: Tensor):
+        """(index, velocities, factor) of the draws of evaluation j."""
         points = factor = None
-        if transport:
-            points = [prepare(j * n_avg + k, x, edit, fresh=True) for k in range(n_avg)]
-            factor = _factor(points, sigma[i, :batch], *transport)
-        moved = edit
-        for k in range(n_avg):
-            z = points[k] if points else prepare(j * n_avg + k, x, edit)
-            v = evaluate(name, velocity, z, sigma[i], guided)
-            moved = update(j * n_avg + k, moved, v, factor)
-        edit = moved
-    return edit
+        first = j * self.n_avg
+        if self.transport:
+            points = [prepare(first + k, self.x, edit, fresh=True) for k in range(self.n_avg)]
+            factor = _factor(points, sigma[: len(self.x)], *self.transport)
+        for k in range(self.n_avg):
+            z = points[k] if points else prepare(first + k, self.x, edit)
+            yield first + k, evaluate(self.name, self.velocity, z, sigma, self.guided), factor
 
 
 class _Prepare:
     """The two points of an evaluation in one launch, side by side in the model's batch."""
 
-    def __init__(self, x: Tensor, sigmas: Sequence[float], seeds: int | Sequence[int]):
-        rows = [[{"x": 1 - s, "z": s}, {"x": 1 - s, "d": 1.0, "z": s}] for s in sigmas]
+    def __init__(self, x: Tensor, sigmas: Sequence[float], n_avg: int, seeds: int | Sequence[int]):
+        rows = [[{"x": 1 - s, "z": s}, {"x": 1 - s, "d": 1.0, "z": s}] for s in sigmas for _ in range(n_avg)]
         self.launch = Launches(x, ["x", "d"], rows, noise="moving")
         self.keys = noise_keys(seeds, len(x), device=x.device)
         self.buffer: Tensor | None = None
@@ -143,36 +181,51 @@ class _Prepare:
     def __call__(self, at: int, x: Tensor, edit: Tensor, fresh: bool = False) -> Tensor:
         if fresh or self.buffer is None:
             self.buffer = x.new_empty((2 * len(x), *x.shape[1:]))
-        self.launch(at, [x.contiguous(), edit], keys=self.keys, out=self.buffer.chunk(2))
+        self.launch(at, [x, edit], keys=self.keys, out=self.buffer.chunk(2))
         return self.buffer
 
 
-class _Update:
-    """d += h (v_tar - v_src) in one launch, with the guidance of both in the coefficients.
+def _parts(weights: Sequence[Tensor | None]) -> Tensor:
+    """v_tar - v_src of c_tar, c_src, u_tar, u_src, or of v_tar, v_src: float64 `[tensors, *rows]`."""
+    if weights[0] is None:
+        return torch.tensor([1.0, -1.0], dtype=torch.float64)
+    source, target = torch.broadcast_tensors(*weights)
+    return torch.stack([target, -source, 1 - target, source - 1])
 
-    Terms cancel in pairs, from left to right: equal velocities add 0 to a d of 0, to the bit. A history is a
-    second result: the mean difference of the step.
+
+def _step_rows(grid, span, n_avg, parts, scale, method) -> Tensor:
+    """d += h (v_tar - v_src), and for a history the mean difference of the step as a second result."""
+    outputs, differences = (2 if method == "ab2" else 1), slice(1, 1 + len(parts))
+    coefs = parts.new_zeros(len(span) * n_avg, outputs, len(parts) + outputs, *parts.shape[1:])
+    coefs[:, 0, 0] = 1
+    for at in range(len(coefs)):
+        (j, k), i = divmod(at, n_avg), span[at // n_avg]
+        h, half = grid[i + 1] - grid[i], 0.0
+        if outputs == 2:  # Adams-Bashforth over this difference and the last
+            half = h / (grid[i] - grid[i - 1]) / 2 if j else 0.0
+            coefs[at, 1, differences] = parts * (scale / n_avg)
+            coefs[at, int(k > 0), -1] = 1.0 if k else -h * half
+        coefs[at, 0, differences] = parts * (scale * h * (1 + half) / n_avg)
+    return coefs
+
+
+def _mean_rows(n_avg: int, parts: Tensor, scale: float) -> Tensor:
+    """The mean difference, summed up draw by draw."""
+    coefs = parts.new_zeros(n_avg, 1, 1 + len(parts), *parts.shape[1:])
+    coefs[:, 0, 0], coefs[:, 0, 1:] = 1, parts * (scale / n_avg)
+    return coefs
+
+
+class _Update:
+    """One launch with the velocities of a pair, guidance of both in the coefficients.
+
+    Terms cancel in pairs, from left to right: equal velocities add 0 to a d of 0, to the bit.
     """
 
-    def __init__(self, x, grid, span, n_avg, weights, scale, method):
-        self.guided, self.n_avg, self.history = weights[0] is not None, n_avg, None
-        parts = torch.tensor([1.0, -1.0], dtype=torch.float64)
-        if self.guided:
-            source, target = torch.broadcast_tensors(*weights)
-            parts = torch.stack([target, -source, 1 - target, source - 1])  # of c_tar, c_src, u_tar, u_src
-        self.differences = slice(1, 1 + len(parts))
-        outputs = 2 if method == "ab2" else 1
-        coefs = parts.new_zeros(len(span) * n_avg, outputs, len(parts) + outputs, *parts.shape[1:])
-        coefs[:, 0, 0] = 1
-        for at in range(len(coefs)):
-            (j, k), i = divmod(at, n_avg), span[at // n_avg]
-            h, half = grid[i + 1] - grid[i], 0.0
-            if outputs == 2:  # Adams-Bashforth over this difference and the last
-                half = h / (grid[i] - grid[i - 1]) / 2 if j else 0.0
-                coefs[at, 1, self.differences] = parts * (scale / n_avg)
-                coefs[at, int(k > 0), -1] = 1.0 if k else -h * half
-            coefs[at, 0, self.differences] = parts * (scale * h * (1 + half) / n_avg)
+    def __init__(self, x: Tensor, coefs: Tensor):
         self.coefs = coefs.to(accumulator(x.dtype)).to(x.device)
+        self.differences = slice(1, coefs.shape[2] - (coefs.shape[1] - 1))
+        self.history: Tensor | None = None
 
     def __call__(self, at: int, edit: Tensor, v: Sequence[Tensor], factor: Tensor | None) -> Tensor:
         tensors = [edit, *(half for pair in reversed(v) for half in reversed(pair.chunk(2)))]
@@ -195,10 +248,10 @@ def _factor(points: Sequence[Tensor], sigma: Tensor, strength: float, reg: float
     return (strength * (1 - sigma) * (-entropy / 2).exp()).to(source.dtype)
 
 
-def _tail(name, target, x, edit, grid, weight, seeds, step) -> Tensor:
+def _tail(name, target, x, edit, grid, weight, seeds) -> Tensor:
     """Ordinary sampling of the target from x + d, noised once."""
     s = grid[0]
-    keys = noise_keys(seeds, len(x), step=step, device=x.device)
+    keys = noise_keys(seeds, len(x), step=_TAIL, device=x.device)
     start = Launches(x, ["x", "d"], [[{"x": 1 - s, "d": 1.0, "z": s}]], noise="fixed")
     (z,) = start(0, [x.contiguous(), edit], keys=keys)
     rows = [[{"x": 1.0, "v": end - sigma}] for sigma, end in pairwise(grid)]
@@ -216,7 +269,9 @@ def _check(name, count, n_max, n_min, n_avg, method, compat, target) -> None:
         raise ValueError(f"{name}: n_avg must be at least 1, got {n_avg}")
     if n_min and target is None:
         raise ValueError(f"{name}: n_min {n_min} needs target=, the velocity of the targets alone")
-    one_of(name, "method", method, ("euler", "ab2"))
+    known = method_named(method)
+    if known.adaptive or known.stochastic:
+        raise ValueError(f"{name}: method must have a grid and draw no noise, got {method!r}")
     one_of(name, "compat", compat, (None, "wan-edit"))
 
 

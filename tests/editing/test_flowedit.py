@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from rfkernels.editing import flow_edit, pair_velocity, pyramid_jump, sinkhorn
 from rfkernels.editing import flowedit as module
 from rfkernels.ops import noise_keys, philox_normal
-from rfkernels.samplers import schedule
+from rfkernels.samplers import sample, schedule
 from tests.editing.fields import F64, SIGMA, X, Y, Z, close, column, wild, wild_pair
 from tests.editing.test_inversion import draw
 
@@ -31,7 +31,9 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method, n_avg, strength", [("euler", 1, None), ("ab2", 2, None), ("euler", 3, 0.6)])
+@pytest.mark.parametrize("method, n_avg, strength", [
+    ("euler", 1, None), ("ab2", 2, None), ("euler", 3, 0.6), ("unipc", 1, None), ("heun", 2, 0.6),
+])  # fmt: skip
 def test_one_prompt_leaves_the_picture_to_the_bit(dtype, method, n_avg, strength):
     x = draw(2, 3, 4).to(dtype)
     velocity = lambda z, s: tuple(v.to(dtype) for v in wild_pair(z.double(), s.double()))
@@ -62,12 +64,12 @@ def test_golden_points():
               0.363538484]  # fmt: skip
     close(z_src[0], source, 2e-9)
     close(z_tar[0], target, 2e-9)
-    prepare = module._Prepare(Y[None], [SIGMA], 4)
+    prepare = module._Prepare(Y[None], [SIGMA], 1, 4)
     noise = philox_normal((1, 8), noise_keys(4, 1), dtype=F64)
     close(prepare(0, Y[None], (X - Y)[None]) - SIGMA * noise, torch.stack([0.4 * Y, X - Y + 0.4 * Y]))
 
 
-@pytest.mark.parametrize("method", ["euler", "ab2"])
+@pytest.mark.parametrize("method", ["euler", "ab2", "heun", "unipc"])
 @pytest.mark.parametrize("n_avg", [1, 3])
 def test_a_constant_difference_moves_by_it(method, n_avg):
     """x + k (sigma_end - sigma_start), whatever the noise."""
@@ -137,6 +139,24 @@ def test_multistep_history_is_of_the_difference():
     assert abs(d + 1 / 3) < abs(sum((b - a) * a**2 for a, b in pairwise(GRID.tolist())) + 1 / 3) / 2
 
 
+@pytest.mark.parametrize("method", ["unipc", "dpmpp_2m", "midpoint"])
+@pytest.mark.parametrize("w", [None, 3.0])
+def test_any_method_solves_the_equation_of_the_edit(method, w):
+    """Without noise in the difference it is `sample` of dd/dsigma = v_tar(d) from 0."""
+    x = draw(2, 3)
+
+    def velocity(z, sigma):
+        d = z[2:] - z[:2]
+        v = torch.cat([torch.zeros_like(d), torch.cos(2 * d) + column(sigma[2:], d)])
+        return v if w is None else (0 * v, v / w)
+
+    result = flow_edit(
+        velocity, x, GRID, n_max=5, method=method, source_guidance=w, target_guidance=w, n_avg=2
+    )
+    field = lambda d, s: torch.cos(2 * d) + column(s, d)
+    close(result - x, sample(field, torch.zeros_like(x), GRID[1:], method=method), 1e-12)
+
+
 def test_the_tail_samples_the_target():
     x = draw(2, 3)
     steps = []
@@ -150,7 +170,7 @@ def test_the_tail_samples_the_target():
                        target_guidance=3.0, seeds=[1, 2])  # fmt: skip
     close(torch.tensor(steps, dtype=F64), GRID[4:6])
     s = GRID[4].item()
-    z = (1 - s) * x + s * philox_normal(x.shape, noise_keys([1, 2], 2, step=6), dtype=F64)
+    z = (1 - s) * x + s * philox_normal(x.shape, noise_keys([1, 2], 2, step=2**31), dtype=F64)
     for a, b in pairwise(GRID[4:].tolist()):
         v = -2 * 0.5 * z + 3 * wild(z, torch.full((2,), a, dtype=F64))
         z = z + (b - a) * v
@@ -166,10 +186,10 @@ def test_strength_scales_the_difference():
 def test_coupling_factor():
     """strength (1 - sigma) K^-1/2 while d is 0; finite and between the bounds of entropy far away."""
     x = draw(2, 600)
-    points = [module._Prepare(x, [0.9], 5 + k)(0, x, torch.zeros_like(x)) for k in range(4)]
+    points = [module._Prepare(x, [0.9], 1, 5 + k)(0, x, torch.zeros_like(x)) for k in range(4)]
     sigma = torch.full((2,), 0.9, dtype=F64)
     close(module._factor(points, sigma, 0.6, 0.01), 0.6 * 0.1 * 4**-0.5, 1e-9)
-    far = [module._Prepare(x, [0.9], 5 + k)(0, x, torch.full_like(x, 30.0)) for k in range(4)]
+    far = [module._Prepare(x, [0.9], 1, 5 + k)(0, x, torch.full_like(x, 30.0)) for k in range(4)]
     factor = module._factor([t.float() for t in far], sigma, 0.6, 0.1)
     assert (factor >= 0.06 / 4 - 1e-9).all() and (factor <= 0.06 / 2 + 1e-9).all()
     flat = lambda z, s: torch.cat([torch.zeros_like(z[:2]), torch.ones_like(z[:2])])
@@ -249,8 +269,11 @@ def test_refusals():
         flow_edit(wild, x, GRID, source_guidance=3.0)
     with pytest.raises(ValueError, match="n_min 2 needs target="):
         flow_edit(wild, x, GRID, n_min=2)
-    with pytest.raises(ValueError, match="method must be one of 'euler', 'ab2', got 'rk9'"):
+    with pytest.raises(ValueError, match=r"method must be one of euler, .*, got 'rk9'"):
         flow_edit(wild, x, GRID, method="rk9")
+    for method in ("dopri5", "dpmpp_2m_sde"):
+        with pytest.raises(ValueError, match=f"must have a grid and draw no noise, got '{method}'"):
+            flow_edit(wild, x, GRID, method=method)
     with pytest.raises(ValueError, match="n_avg must be at least 1, got 0"):
         flow_edit(wild, x, GRID, n_avg=0)
     with pytest.raises(ValueError, match=r"shape of x \[4, 3\], got \[2, 3\]"):
