@@ -26,7 +26,7 @@ EDITS = (
     ("green apple", "red apple"),
 )
 STEPS = 24
-SIZE, LABEL, GAP, LINE = 64, 160, 20, 13
+SIZE, LABEL, GAP, LINE = 64, 160, 28, 13
 
 
 class Gallery:

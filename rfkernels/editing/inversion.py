@@ -243,7 +243,7 @@ def _row(sigma: float, end: float, noise: float, eta: float = 0.0) -> dict[str, 
 
 def _noise(sigma: float, end: float) -> float:
     """The noise of a step of the SDE with g^2 = 2 sigma / (1 - sigma); none from sigma 1 or to 0."""
-    if sigma == 1 or end == 0:
+    if sigma == 1:
         return 0.0
     return min(end, math.sqrt(2 * sigma / (1 - sigma) * (sigma - end)))
 

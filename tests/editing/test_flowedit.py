@@ -122,14 +122,15 @@ def _affine_with_noise(result, x, scale):
     close(result, x + d)
 
 
-def test_multistep_history_is_of_the_difference():
+@pytest.mark.parametrize("n_avg", [1, 3])
+def test_multistep_history_is_of_the_difference(n_avg):
     x, flat = draw(2, 3), []
 
     def velocity(z, sigma):
         flat.append(sigma[0].item() ** 2)
         return torch.cat([torch.zeros(2, 3, dtype=F64), torch.full((2, 3), flat[-1], dtype=F64)])
 
-    result = flow_edit(velocity, x, GRID, method="ab2")
+    result = flow_edit(velocity, x, GRID, method="ab2", n_avg=n_avg)
     d, last, before = 0.0, None, None
     for a, b in pairwise(GRID.tolist()):
         h, v = b - a, a**2

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from rfkernels import editing
+from rfkernels import editing, ops
 from rfkernels.editing import Travel, image_to_image, inpaint, outpaint_weights, travel_coefficients
 from rfkernels.ops import noise_keys, philox_normal, renoise
 from rfkernels.samplers import sample, schedule
@@ -135,6 +135,18 @@ def test_weights_of_tokens():
         outpaint_weights(6, 8, (2, 2, 2, 5))
     with pytest.raises(ValueError, match="k must be positive"):
         outpaint_weights(6, 8, (2, 2, 4, 5), k=0)
+
+
+def test_weights_scale_a_branch_by_token():
+    """1 everywhere is the ordinary LoRA; 0 the layer without it."""
+    g = torch.Generator().manual_seed(0)
+    x, base, down, up = (torch.randn(*s, generator=g) for s in ((2, 48, 16), (8, 16), (4, 16), (8, 4)))
+    scale = torch.full((4,), 0.5)
+    run = lambda w: ops.linear(x, base, lora=(ops.lora_shrink(x, down, w[:, None] * scale), up))
+    plain, adapted = x @ base.T, x @ base.T + 0.5 * x @ down.T @ up.T
+    weights = outpaint_weights(6, 8, (2, 2, 4, 5))
+    close(run(outpaint_weights(6, 8, (0, 0, 6, 8))), adapted, 1e-4)
+    close(run(weights), plain + weights[:, None] * (adapted - plain), 1e-4)
 
 
 def test_refusals():

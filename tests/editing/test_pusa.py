@@ -12,6 +12,7 @@ from rfkernels.editing import (
     sample_video,
     start_end,
 )
+from rfkernels.ops import noise_keys, philox_normal
 from rfkernels.samplers import sample, schedule
 from tests.editing.fields import F64, close, column
 from tests.editing.test_inversion import draw
@@ -102,6 +103,9 @@ def test_scaled_levels_stay_on_the_path():
     start = pusa_start(noise, z, known)
     close(start[:, :, 2], 0.3 * z[:, :, 2] + 0.7 * noise[:, :, 2])
     assert torch.equal(start[:, :, 1], noise[:, :, 1]) and torch.equal(start[:, :, 3], z[:, :, 3])
+    half = pusa_start(noise, z, known, level=0.5)  # of a grid from .5
+    close(half[:, :, 2], 0.65 * z[:, :, 2] + 0.35 * noise[:, :, 2])
+    assert torch.equal(half[:, :, 1], noise[:, :, 1])
 
 
 def test_frames_that_do_not_mix_run_alone():
@@ -137,6 +141,10 @@ def test_a_video_is_extended_window_by_window():
     assert len(calls) == 2 * 6 and calls[0][:2] == [0.0, pytest.approx(0.3)]
     again = extend_video(velocity, video[1:], GRID, frames=FRAMES, total=6, m=(0.0, 0.3), seeds=[5])
     close(again, longer[1:, :, :6])
+    still = extend_video(lambda x, s: 0 * x, video, GRID, frames=FRAMES, total=9, m=(0.0, 0.0), seeds=3)
+    keys = [noise_keys(3, 2, step=window) for window in (0, 1)]
+    drawn = [philox_normal((2, 1, FRAMES, 4, 4), k, dtype=F64)[:, :, 2:] for k in keys]
+    close(still[:, :, 3:], torch.cat(drawn, 2))
     assert longer.std() < 2 and not torch.equal(longer[:, :, 3], longer[:, :, 6])
 
 
