@@ -12,6 +12,7 @@ from rfkernels.samplers.guidance import (
     SkipLayer,
 )
 from rfkernels.samplers.methods import METHODS, Method, nfe, plan_for
+from rfkernels.samplers.paths import PATHS, PREDICTIONS, as_velocity, convert, step_coefficients
 from rfkernels.samplers.plan import Plan, Stage, State, init, step
 from rfkernels.samplers.sample import StepInfo, sample
 from rfkernels.samplers.schedules import SCHEDULES, schedule
@@ -20,6 +21,8 @@ __all__ = [
     "APG",
     "CFG",
     "METHODS",
+    "PATHS",
+    "PREDICTIONS",
     "SCHEDULES",
     "CFGZeroStar",
     "Guide",
@@ -33,10 +36,13 @@ __all__ = [
     "Stage",
     "State",
     "StepInfo",
+    "as_velocity",
+    "convert",
     "init",
     "nfe",
     "plan_for",
     "sample",
     "schedule",
     "step",
+    "step_coefficients",
 ]
