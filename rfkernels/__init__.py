@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rfkernels import adapters, formats, models, nn, ops, samplers
+    from rfkernels import adapters, editing, formats, models, nn, ops, samplers
     from rfkernels.adapters.load import load_lora, set_adapters, unload_lora
     from rfkernels.adapters.merge import merge_lora, unmerge_lora
     from rfkernels.diagnosis import explain
@@ -28,6 +28,7 @@ __all__ = [
     "Pipeline",
     "__version__",
     "adapters",
+    "editing",
     "explain",
     "formats",
     "generate",
@@ -47,7 +48,7 @@ __all__ = [
     "use_attention",
 ]
 
-_MODULES = frozenset({"adapters", "formats", "models", "nn", "ops", "samplers"})
+_MODULES = frozenset({"adapters", "editing", "formats", "models", "nn", "ops", "samplers"})
 _OBJECTS = {
     "Pipeline": "rfkernels.pipeline",
     "explain": "rfkernels.diagnosis",
