@@ -215,11 +215,11 @@ def sde_log_prob(
         std.ndim < 2 or std.shape[1:].numel() == 1
     ):  # one for each sample: the mean is made as the step made it
         safe, sign, log_std = (t.reshape(-1) for t in (safe, sign, log_std))
-        rows = stack_rows([*(-c for c in coefs), 1.0], x)
+        rows = stack_rows([*(-c for c in coefs), std.new_ones(())], x)
         total = sum_of_squares([*tensors, x_next], rows[None])[:, 0] * sign
         log_prob = -total / (2 * safe.double() ** 2) - size * log_std
     else:
-        rows = stack_rows([*(-c for c in coefs), 1.0, sign / safe], x)
+        rows = stack_rows([*(-c for c in coefs), std.new_ones(()), sign / safe], x)
         total = sum_of_squares([*tensors, x_next], (rows[:-1] * rows[-1:])[None])[:, 0]
         log_prob = -0.5 * total - log_std.flatten(1).mean(1) * size
     return log_prob / size if reduce == "mean" else log_prob
