@@ -11,6 +11,7 @@ ROOMS = (
     "solver",
     "guidance",
     "noise",
+    "steps",
     "norm",
     "rope",
     "activation",

@@ -84,6 +84,7 @@ def results(
             ops.cfg_step(x, u, c, w, a, b),
             ops.cfg_step_reference(d["x"], d["u"], d["c"], d["w"], d["a"], d["b"]),
         ),
+        **_combined(x, u, c, a, keys),
         "attention_merge": (merged[0], wide_merged[0]),
         "attention_merge lse": (merged[1], wide_merged[1]),
         "philox_normal": (ops.philox_normal(shape, keys, dtype=state), z),
@@ -96,6 +97,24 @@ def results(
             for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
         },
     }
+
+
+def _combined(x: Tensor, u: Tensor, c: Tensor, a: Tensor, keys: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Two results of three tensors under every guide that takes them; sums of the same combinations."""
+    made = {}
+    tensors, wide = [x, u, c, u], [t.double() for t in (x, u, c, u)]
+    for guide, (_, names) in ops.GUIDES.items():
+        coefs = torch.stack([a, -a, a / 2, a, 1 - a, a / 3]).expand(2, -1, -1).contiguous()
+        guidance = torch.full((len(names),), 1.5, device=x.device)
+        got = ops.combine(tensors, coefs, guide=guide, guidance=guidance, keys=keys)
+        expected = ops.combine_reference(
+            wide, coefs.double(), None, None, keys, None, guide, guidance.double()
+        )
+        made[f"combine {guide}"] = torch.stack(got), torch.stack(expected)
+    rows = coefs[:, :4]
+    sums, wide_sums = ops.moments(tensors, rows), ops.moments_reference(wide, rows.double())
+    made["moments"] = sums / x[0].numel(), wide_sums / x[0].numel()
+    return made
 
 
 def _rows(scalar: Tensor, x: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ import torch
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("rfkernels._C", reason="needs the compiled kernels: pip install .")
 
-from bench import activation, embedding, guidance, harness, noise, norm, rope, solver
+from bench import activation, embedding, guidance, harness, noise, norm, rope, solver, steps
 from bench.cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAN = harness.plan_for(DEVICE, quick=True)
-ROOMS = (solver, guidance, noise, norm, rope, activation, embedding)
+ROOMS = (solver, guidance, noise, steps, norm, rope, activation, embedding)
 CASES = [case for room in ROOMS for case in room.cases(DEVICE)]
 SIDES = ("ours.out", "ours.new", "eager.out", "eager.new", "compile.out", "compile.new")
 

@@ -158,7 +158,7 @@ def test_random_seed_is_recorded_and_gives_the_picture_again(pipe):
         ({"guidance": float("inf")}, "guidance must be a finite number"),
         ({"seed": -2}, "seed must be"),
         ({"seed": 2**63}, "seed must be"),
-        ({"schedule": "karras"}, "unknown schedule 'karras': use one of linear, "),
+        ({"schedule": "kl"}, "unknown schedule 'kl': use one of linear, "),
         ({"shift": 0.0}, "shift must be a positive number"),
         ({"shift": 3.0}, "go together, got linear, 3.0"),
         ({"schedule": "shift"}, "go together, got shift, None"),

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "core/tensor.h"
@@ -22,6 +24,27 @@ void linear_combination(Stream stream, const TensorView& out, const std::vector<
 // out = x + sum_k dt^k / k! derivatives[k - 1]; derivatives: [order, *x.shape], order 1..4.
 void taylor_step(Stream stream, const TensorView& out, const TensorView& x, const TensorView& derivatives,
                  const TensorView& dt);
+
+// out_j = sum_k c_jk y_k + c_jg g + c_jz z for one to three results, in one pass: g is guided by `guide`
+// (empty: none, no such column) with parameters `guidance`, [params] or [params, batch]; z is normal noise of
+// `keys`. coefs: [outputs, columns, *rows]; where there is a mask m the coefficients are coefs + m (inside -
+// coefs). step: i64[], the row of a first axis that coefs, inside and guidance then have; it is added to the
+// step of the keys. tensors[0] gives the dtype of the results; the others are f64 beside f64, else f32, f16
+// or bf16.
+void combine(Stream stream, const TensorView& out, const std::vector<TensorView>& more_outs,
+             const std::vector<TensorView>& tensors, const TensorView& coefs,
+             const std::optional<TensorView>& mask, const std::optional<TensorView>& inside,
+             const std::optional<TensorView>& keys, const std::optional<TensorView>& step,
+             const std::string& guide, const std::optional<TensorView>& guidance,
+             const std::optional<TensorView>& workspace);
+
+// out f64[batch, J + J (J + 1) / 2]: per sample sums of J combinations, coefs [J, tensors, *rows], then of
+// their products, in the order of an upper triangle.
+void moments(Stream stream, const TensorView& out, const std::vector<TensorView>& tensors,
+             const TensorView& coefs, const TensorView& workspace);
+
+// The bytes of workspace that moments needs, and combine for guides with products over a sample.
+int64_t combine_workspace(const TensorView& x);
 
 // The CUDA half of each step, on tensors that the function above has checked.
 void linear_combination_cuda(Stream stream, const TensorView& out, const std::vector<TensorView>& tensors,

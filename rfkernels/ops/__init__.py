@@ -14,3 +14,4 @@ from rfkernels.ops.quantize import *
 from rfkernels.ops.rope import *
 from rfkernels.ops.rounding import *
 from rfkernels.ops.solver import *
+from rfkernels.ops.stochastic import *

@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["OPS", "Op", "accumulator", "define", "row_scalar", "sum_to_rows"]
 
-Outputs = Tensor | tuple[Tensor, ...]
+Outputs = Tensor | tuple[Tensor, ...] | list[Tensor]
 _library = torch.library.Library("rfkernels", "DEF")
 OPS: dict[str, "Op"] = {}
 
@@ -37,7 +37,7 @@ class Op:
             raise RuntimeError(
                 f"{self.name}: out= has no gradient, call it without out= or under torch.no_grad()"
             )
-        self.out_variant(*_tuple(out), *args)
+        self.out_variant(*_results(out), *args)
         return out
 
 
@@ -49,7 +49,7 @@ def define(
     reference: Callable[..., Outputs],
     backward: Callable[..., tuple] | None = None,
     saves: Callable[..., Sequence] = lambda out, *args: args,
-    outputs: Sequence[str] = ("out",),
+    outputs: Sequence[str] | None = ("out",),
     strided_grads: bool = False,
 ) -> Op:
     """Registers an op for the CPU and CUDA.
@@ -64,17 +64,20 @@ def define(
             which ones are wanted. Of an op with several results `grad` is a tuple, None where a result
             was not used.
         saves: what `backward` gets, from the result and the arguments; by default all arguments.
-        outputs: the names of the results.
+        outputs: the names of the results; None: a list of them, as long as `empty` makes it.
         strided_grads: `backward` takes gradients as autograd has them; else they are contiguous.
     """
 
     def functional(*args):
         out = empty(*args)
-        kernel(*_tuple(out), *args)
+        kernel(*_results(out), *args)
         return out
 
-    results = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
-    writes = ", ".join(f"Tensor({'abcdef'[i]}!) {out}" for i, out in enumerate(outputs))
+    if outputs is None:
+        results, writes = "Tensor[]", "Tensor(a!)[] out"
+    else:
+        results = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
+        writes = ", ".join(f"Tensor({'abcdef'[i]}!) {out}" for i, out in enumerate(outputs))
     _library.define(f"{name}({params}) -> {results}")
     _library.define(f"{name}_out({writes}, {params}) -> ()")
     for key in ("CPU", "CUDA"):
@@ -91,6 +94,7 @@ def define(
             ctx.set_materialize_grads(False)
 
         def run_backward(ctx, *grads):
+            grads = grads if outputs is not None else tuple(grads[0])
             if all(g is None for g in grads):
                 needs = ctx.needs_input_grad  # of a list of tensors a list
                 return tuple([None] * len(n) if isinstance(n, (list, tuple)) else None for n in needs)
@@ -98,7 +102,8 @@ def define(
             saved = [next(tensors) if other is None else other[0] for other in ctx.others]
             if not strided_grads:
                 grads = tuple(None if g is None else g.contiguous() for g in grads)
-            return backward(grads if len(grads) > 1 else grads[0], ctx.needs_input_grad, *saved)
+            single = outputs is not None and len(grads) == 1
+            return backward(grads[0] if single else grads, ctx.needs_input_grad, *saved)
 
         torch.library.register_autograd(
             f"rfkernels::{name}", run_backward, setup_context=setup_context, lib=_library
@@ -137,7 +142,12 @@ def expand_rows(scalar: Tensor, x: Tensor) -> Tensor:
 
 
 def _tuple(out: Outputs) -> tuple[Tensor, ...]:
-    return (out,) if isinstance(out, Tensor) else out
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def _results(out: Outputs) -> tuple:
+    """The results as the first arguments of a kernel: a list is one of them."""
+    return out if isinstance(out, tuple) else (out,)
 
 
 def _requires_grad(value) -> bool:

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rfkernels.ops._register import expand_rows
+from rfkernels import _C
+from rfkernels.ops._register import define, expand_rows
+from rfkernels.ops._workspace import workspace_of
 from rfkernels.ops.noise import philox_normal
 
 __all__ = ["GUIDES", "combine", "combine_reference", "moments", "moments_reference"]
@@ -68,7 +70,7 @@ def combine(
     `transport_matched`     the same, then d is given the norm of v
     ======================  ===========================================================================
 
-    Products, norms and (unbiased) deviations are of each sample unless it says otherwise; where a divisor is
+    Products, norms and deviations are of each sample unless it says otherwise; where a divisor is
     0, the quotient is 0.
 
     Args:
@@ -84,12 +86,8 @@ def combine(
             moves to the next step by adding one.
         out: where to write, one for each result; `tensors` allowed; no gradient then.
     """
-    outs = combine_reference(tensors, coefs, mask, inside, keys, step, guide, guidance)
-    if out is None:
-        return tuple(outs)
-    for o, t in zip(out, outs, strict=True):
-        o.copy_(t)
-    return tuple(out)
+    out = None if out is None else list(out)
+    return tuple(_combine(list(tensors), coefs, mask, inside, keys, step, guide, guidance, out=out))
 
 
 def combine_reference(
@@ -117,12 +115,16 @@ def combine_reference(
     for j in range(len(coefs)):
         rows = [expand_rows(c, x) for c in coefs[j]]
         if mask is not None:
-            rows = [c + mask.to(dtype) * (expand_rows(i, x) - c) for c, i in zip(rows, inside[j], strict=True)]
+            rows = [
+                c + mask.to(dtype) * (expand_rows(i, x) - c) for c, i in zip(rows, inside[j], strict=True)
+            ]
         outs.append(sum((c * y for c, y in zip(rows[1:], columns[1:], strict=True)), rows[0] * columns[0]))
     return [o.to(x.dtype) for o in outs]
 
 
 def _guided(columns: list[Tensor], guide: str, guidance: Tensor) -> Tensor:
+    if columns[0].ndim == 1:  # samples of one element
+        return _guided([c[:, None] for c in columns], guide, guidance)[:, 0]
     x, u, c = columns[:3]
     dims = list(range(1, u.ndim))
     p = [expand_rows(v, u) for v in guidance]
@@ -136,7 +138,7 @@ def _guided(columns: list[Tensor], guide: str, guidance: Tensor) -> Tensor:
         u = dot(c, u) / (dot(u, u) + 1e-8) * u
         return u + p[0] * (c - u)
     if guide == "rescale":
-        ratio = _ratio(c.std(dims, keepdim=True), cfg.std(dims, keepdim=True))
+        ratio = _ratio(_deviation(c), _deviation(cfg))
         return (p[1] * ratio + 1 - p[1]) * cfg
     if guide.startswith("apg"):
         d = c - u + (p[3] * columns[3] if guide == "apg_momentum" else 0)
@@ -156,6 +158,13 @@ def _guided(columns: list[Tensor], guide: str, guidance: Tensor) -> Tensor:
     raise ValueError(f"combine: guide must be one of {', '.join(GUIDES)}, got {guide!r}")
 
 
+def _deviation(t: Tensor) -> Tensor:
+    """The root of a sample's squared deviations from its mean."""
+    flat = t.reshape(len(t), -1)
+    centred = flat - flat.sum(1, keepdim=True) / max(1, flat.shape[1])
+    return centred.square().sum(1).sqrt().view(-1, *[1] * (t.ndim - 1))
+
+
 def _norm(t: Tensor) -> Tensor:
     return t.square().sum(-1, keepdim=True).sqrt()
 
@@ -172,19 +181,107 @@ def moments(tensors: Sequence[Tensor], coefs: Tensor) -> Tensor:
     r"""Returns per sample the sums and products of one to three combinations :math:`o_j = \sum_k c_{jk} y_k`.
 
     float64 `[batch, J + J(J+1)/2]`: :math:`\sum o_0, \dots, \sum o_{J-1}`, then
-    :math:`<o_0,o_0>, <o_0,o_1>, \dots, <o_1,o_1>, \dots`. The combinations are made in float32 (float64), their
-    products summed in a fixed order: the same bits at every run, for a sample alone or in a batch.
+    :math:`<o_0,o_0>, <o_0,o_1>, \dots, <o_1,o_1>, \dots`. The combinations are made in float32 (float64),
+    their products summed in a fixed order: the same bits at every run, for a sample alone or in a batch.
 
     Args:
         tensors: one to eight, as in `combine`.
         coefs: `[J, len(tensors), *rows]`, row scalars.
     """
-    return moments_reference(tensors, coefs)
+    return _moments(list(tensors), coefs)
 
 
 def moments_reference(tensors: Sequence[Tensor], coefs: Tensor) -> Tensor:
     """The definition of `moments` in plain torch."""
     outs = [sum(expand_rows(c, tensors[0]) * y for c, y in zip(row, tensors, strict=True)) for row in coefs]
-    flat = [o.double().flatten(1) for o in outs]
+    flat = [o.double().reshape(len(o), -1) for o in outs]
     pairs = [(flat[i] * flat[j]).sum(1) for i in range(len(flat)) for j in range(i, len(flat))]
     return torch.stack([f.sum(1) for f in flat] + pairs, 1)
+
+
+def _combine_empty(tensors, coefs, mask, inside, keys, step, guide, guidance):
+    outputs = coefs.shape[0 if step is None else 1] if coefs.ndim > (step is not None) else 0
+    if not tensors or not 1 <= outputs <= 3:
+        raise ValueError(
+            "combine: expected 1..8 tensors and coefs [outputs, columns, *rows] with 1..3 outputs, got "
+            f"{len(tensors)} tensors and coefs {list(coefs.shape)}"
+        )
+    return [torch.empty_like(tensors[0]) for _ in range(outputs)]
+
+
+def _combine_kernel(outs, tensors, coefs, mask, inside, keys, step, guide, guidance):
+    x = tensors[0]
+    needed = guide in _SUMMED and x.ndim and x.is_contiguous()
+    workspace = workspace_of(_C.combine_workspace(x), x.device) if needed else None
+    _C.combine(
+        outs[0], list(outs[1:]), tensors, coefs, mask, inside, keys, step, guide or "", guidance, workspace
+    )
+
+
+def _through(reference, grads, needs, args, tensors):
+    """Gradients of `reference(tensors, *args)` for the tensors and what `needs` says of the rest."""
+    with torch.enable_grad():
+        wanted = [t.detach().requires_grad_() for t in tensors]
+        rest = [
+            a.detach().requires_grad_(bool(n)) if isinstance(a, Tensor) and a.is_floating_point() else a
+            for a, n in zip(args, needs, strict=True)
+        ]
+        outs = reference(wanted, *rest)
+        outs = [outs] if isinstance(outs, Tensor) else outs
+        used = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
+        inputs = wanted + [a for a in rest if isinstance(a, Tensor) and a.requires_grad]
+        found = iter(
+            torch.autograd.grad([o for o, _ in used], inputs, [g for _, g in used], allow_unused=True)
+        )
+    return [next(found) for _ in wanted], *[
+        next(found) if isinstance(a, Tensor) and a.requires_grad else None for a in rest
+    ]
+
+
+def _combine_backward(grads, needs, *saved):
+    *args, guide, guidance = saved[:7]
+    args = [*args, guide, guidance]
+    return _through(combine_reference, grads, needs[1:], args, saved[7:])
+
+
+_SUMMED = ("zero_star", "rescale", "apg", "apg_momentum", "perpendicular")
+_combine = define(
+    "combine",
+    "Tensor[] tensors, Tensor coefs, Tensor? mask, Tensor? inside, Tensor? keys, Tensor? step, str? guide, "
+    "Tensor? guidance",
+    _combine_kernel,
+    _combine_empty,
+    combine_reference,
+    _combine_backward,
+    saves=lambda out, tensors, *rest: (*rest, *tensors),
+    outputs=None,
+)
+
+
+def _moments_empty(tensors, coefs):
+    count = coefs.shape[0] if coefs.ndim else 0
+    if not tensors or not tensors[0].ndim or not 1 <= count <= 3:
+        raise ValueError(
+            "moments: expected 1..8 tensors [batch, ...] and coefs [1..3, tensors, *rows], got "
+            f"{[list(t.shape) for t in tensors]} and coefs {list(coefs.shape)}"
+        )
+    shape = (len(tensors[0]), count + count * (count + 1) // 2)
+    return torch.empty(shape, dtype=torch.float64, device=tensors[0].device)
+
+
+def _moments_kernel(out, tensors, coefs):
+    x = tensors[0]
+    if not x.numel():
+        out.zero_()
+    _C.moments(out, tensors, coefs, workspace_of(max(_C.combine_workspace(x), 16), x.device))
+
+
+_moments = define(
+    "moments",
+    "Tensor[] tensors, Tensor coefs",
+    _moments_kernel,
+    _moments_empty,
+    moments_reference,
+    lambda grad, needs, coefs, *tensors: _through(moments_reference, [grad], needs[1:], [coefs], tensors),
+    saves=lambda out, tensors, coefs: (coefs, *tensors),
+)

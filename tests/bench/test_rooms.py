@@ -17,6 +17,7 @@ from bench import (
     rope,
     smoke,
     solver,
+    steps,
 )
 from rfkernels.ops._register import Op
 
@@ -30,6 +31,7 @@ ROOMS = {
     "norm": norm,
     "rope": rope,
     "solver": solver,
+    "steps": steps,
 }
 SMALL = 300_000  # elements: what a test may fill
 

@@ -172,7 +172,7 @@ def test_awkward_prompts_work(run, weights):
         (["a", "--method", "dpm"], ["unknown method 'dpm'", "euler", "ab2"]),
         (["a", "--size", "512"], ["does not know size 512", "use 16", "--scale"]),
         (["a", "--style", "oil"], ["unknown style", "noto"]),
-        (["a", "--schedule", "karras"], ["unknown schedule", "linear"]),
+        (["a", "--schedule", "kl"], ["unknown schedule", "linear"]),
         (["a", "--resample", "cubic"], ["unknown resampling", "lanczos, nearest"]),
         (["a", "--scale", "0"], ["scale must be from 1 to 64"]),
         (["a", "-n", "300", "--scale", "64"], ["too many", "--scale"]),

@@ -29,6 +29,7 @@
 #include "norm/norm.h"
 #include "rooms.h"
 #include "rope/rope.h"
+#include "solver/combine.h"
 #include "solver/solver.h"
 
 namespace {
@@ -191,6 +192,17 @@ void rfk::ada_norm_backward_cpu(const AdaNormBackwardCall&) {
   rfk::fail("the emulator has CUDA kernels alone");
 }
 
+template <typename A> void rfk::combine_cpu(const CombineArgs<A>&) {
+  rfk::fail("the emulator has CUDA kernels alone");
+}
+template <typename A> void rfk::moments_cpu(const CombineArgs<A>&) {
+  rfk::fail("the emulator has CUDA kernels alone");
+}
+template void rfk::combine_cpu(const CombineArgs<float>&);
+template void rfk::combine_cpu(const CombineArgs<double>&);
+template void rfk::moments_cpu(const CombineArgs<float>&);
+template void rfk::moments_cpu(const CombineArgs<double>&);
+
 PYBIND11_MODULE(rfkernels_emulated, m) {
   bind_traffic(m);
   bind_device(m);
@@ -205,6 +217,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   m.def("attention_workspace", &::attention_workspace);
   def(m, "attention_merge", &attention_merge_cuda);
   def(m, "cfg_step", &cfg_step_cuda);
+  def(m, "combine", &combine);
   def(m, "gated_activation", &gated_activation_cuda);
   def(m, "gated_activation_backward", &gated_activation_backward_cuda);
   def(m, "gated_activation_quantize", &::gated_activation_quantize);
@@ -213,6 +226,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "gated_residual_norm_modulate_quantize", &gated_residual_norm_modulate_quantize);
   def(m, "linear", &::linear);
   def(m, "linear_combination", &linear_combination_cuda);
+  def(m, "moments", &moments);
   def(m, "norm_modulate", &norm_modulate);
   def(m, "norm_modulate_quantize", &norm_modulate_quantize);
   def(m, "philox_normal", &philox_normal_cuda);
