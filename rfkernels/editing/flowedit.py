@@ -86,7 +86,7 @@ def flow_edit(
         method: "euler" or "ab2", or another of `sample` for the equation of d, a launch more. Wan-Edit (Li
             et al., FiVE-Bench, 2025) takes "unipc", whose history is then of differences; the noise is fresh
             each step, so the history is noisy.
-        seeds: one for all or one for each sample.
+        seeds: one for all or one for each sample; draw k of all has key step k + 1.
         compat: None, or "wan-edit": the noise level of a step is that of the step before (released code),
             while the model is told its own.
 
@@ -175,7 +175,7 @@ class _Prepare:
     def __init__(self, x: Tensor, sigmas: Sequence[float], n_avg: int, seeds: int | Sequence[int]):
         rows = [[{"x": 1 - s, "z": s}, {"x": 1 - s, "d": 1.0, "z": s}] for s in sigmas for _ in range(n_avg)]
         self.launch = Launches(x, ["x", "d"], rows, noise="moving")
-        self.keys = noise_keys(seeds, len(x), device=x.device)
+        self.keys = noise_keys(seeds, len(x), step=1, device=x.device)  # 0 may have drawn the picture itself
         self.buffer: Tensor | None = None
 
     def __call__(self, at: int, x: Tensor, edit: Tensor, fresh: bool = False) -> Tensor:

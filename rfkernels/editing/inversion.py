@@ -119,7 +119,7 @@ def rf_inversion(
     launch = Launches(x, names, steps, weight=weight, noise=None if given else "fixed")
     others = [like(name, "noise", noise, x)] if given else []
     keys = None if given else noise_keys(seeds, len(x), device=x.device)
-    sigma, out = levels(at, x), None
+    sigma, x, out = levels(at, x), x.contiguous(), None
     for i in range(len(steps)):
         v = evaluate(name, velocity, x, sigma[i], guidance is not None)
         (x,) = out = launch(i, [x, *v, *others], keys=keys, out=out)
@@ -220,7 +220,7 @@ def rf_inversion_edit(
     y = like(name, "target", target, x)
     mask = None if mask is None else like(name, "mask", mask, x)
     keys = noise_keys(seeds, len(x), step=1, device=x.device) if stochastic else None
-    sigma, out = levels(grid, x), None
+    sigma, x, out = levels(grid, x), x.contiguous(), None
     for i in range(count):
         v = evaluate(name, velocity, x, sigma[i], guidance is not None)
         if scales[i]:

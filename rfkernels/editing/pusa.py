@@ -92,6 +92,7 @@ def sample_video(
     known: Mapping[int, float] | None = None,
     method: str = "euler",
     guidance: float | Tensor | None = None,
+    seeds: int | Sequence[int] | None = None,
 ) -> Tensor:
     r"""Returns a video in which `known` frames are those of `video`: exactly for multiplier 0, else nearly.
 
@@ -105,8 +106,7 @@ def sample_video(
         sigmas: s, from 1 (or below) to 0.
         video: known frames, broadcast to `noise`.
         known: {frame: multiplier}, see `image_to_video`, `start_end` and `extension`.
-        method: a method of `sample`. Of those in log sigma, frames of multiplier 0 are not defined.
-        guidance: as of `sample`; PUSA 3.
+        method, guidance, seeds: as of `sample`; PUSA Euler with guidance 3.
 
     Raises:
         ValueError: one of `video` and `known` without the other; as `frame_levels`.
@@ -119,7 +119,7 @@ def sample_video(
     known = known or {}
     rows = frame_levels(sigmas, noise.shape[FRAMES], known)
     x = noise if video is None else pusa_start(noise, video, known, level=float(sigmas[0]))
-    return sample(velocity, x, rows, method=method, guidance=guidance)
+    return sample(velocity, x, rows, method=method, guidance=guidance, seeds=seeds)
 
 
 def extend_video(

@@ -50,7 +50,7 @@ def test_points_share_their_noise_to_the_bit():
     for at, z in enumerate(seen):
         sigma = GRID[at // 2].item()
         assert torch.equal(z[:2], z[2:])
-        noise = philox_normal(x.shape, noise_keys([3, 9], 2, step=at), dtype=torch.float32)
+        noise = philox_normal(x.shape, noise_keys([3, 9], 2, step=at + 1), dtype=torch.float32)
         close(z[:2], (1 - sigma) * x + sigma * noise, 1e-6)
 
 
@@ -65,7 +65,7 @@ def test_golden_points():
     close(z_src[0], source, 2e-9)
     close(z_tar[0], target, 2e-9)
     prepare = module._Prepare(Y[None], [SIGMA], 1, 4)
-    noise = philox_normal((1, 8), noise_keys(4, 1), dtype=F64)
+    noise = philox_normal((1, 8), noise_keys(4, 1, step=1), dtype=F64)
     close(prepare(0, Y[None], (X - Y)[None]) - SIGMA * noise, torch.stack([0.4 * Y, X - Y + 0.4 * Y]))
 
 
@@ -114,7 +114,7 @@ def _affine_with_noise(result, x, scale):
     for i, (a, b) in enumerate(pairwise(GRID[1:].tolist())):
         change = 0
         for k in range(2):
-            noise = philox_normal(x.shape, noise_keys(0, 2, step=2 * i + k), dtype=F64)
+            noise = philox_normal(x.shape, noise_keys(0, 2, step=2 * i + k + 1), dtype=F64)
             source = (1 - a) * x + a * noise
             target = d + source
             change = change + (scale[1] * (0.7 * a * target + c) - scale[0] * 0.7 * a * source) / 2
