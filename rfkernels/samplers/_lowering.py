@@ -93,6 +93,7 @@ def lower(
     _follow_lives(plan, drafts, {"x", *extra})
     lowered, tables = [], []
     unlike = {name for name, t in extra.items() if t.dtype != x.dtype}  # whose dtype may not be that of x
+    stage_keys = None if keys is None else _keys(keys, len(plan.stages))
     for index, (stage, draft) in enumerate(zip(plan.stages, drafts, strict=True)):
         result, rows = _lowered(stage, draft, unlike, keys is not None)
         unlike = {n for n, source in draft.keeps.items() if source in unlike | {"v"}} | (unlike & draft.alive)
@@ -101,7 +102,7 @@ def lower(
         tables += rows
         for launch in result.launches:
             if launch.noisy:
-                launch.keys = keys + torch.tensor([0, 0, 1 + index], device=keys.device)
+                launch.keys = stage_keys[index]
     launches = [launch for stage in lowered for launch in stage.launches]
     dtype = accumulator(x.dtype)
     flat = np.concatenate([table.reshape(-1) for table in tables]) if tables else np.zeros(0)
@@ -256,6 +257,12 @@ def _parameters(parameters: tuple[float | Tensor, ...], dtype: torch.dtype, devi
         return torch.tensor(parameters, dtype=dtype, device=device)
     tensors = [torch.as_tensor(p, dtype=dtype, device=device) for p in parameters]
     return torch.stack(torch.broadcast_tensors(*tensors))
+
+
+def _keys(keys: Tensor, stages: int) -> Tensor:
+    """[stages, batch, 3]: those of stage i draw with step + 1 + i."""
+    steps = torch.arange(1, stages + 1, device=keys.device).view(-1, 1, 1).expand(-1, len(keys), 1)
+    return keys + torch.cat([torch.zeros_like(steps).expand(-1, -1, 2), steps], 2)
 
 
 def _levels(plan: "Plan", x: Tensor) -> Tensor:

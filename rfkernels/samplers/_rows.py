@@ -24,6 +24,9 @@ Form = dict[str, Row]  # a linear combination: coefficient of each name
 
 def ratio(a: Row, b: Row) -> Row:
     """a / b, and 0 where b is 0 or infinite or the quotient is not finite: a term without a history."""
+    if _number(a) and _number(b):
+        quotient = a / b if b != 0 else 0.0
+        return quotient if math.isfinite(quotient) else 0.0
     with np.errstate(all="ignore"):
         quotient = np.divide(a, b)
     return np.where(np.isfinite(quotient), quotient, 0.0)[()]
@@ -31,17 +34,24 @@ def ratio(a: Row, b: Row) -> Row:
 
 def where(condition, a: Row, b: Row) -> Row:
     """numpy's where; numbers stay numbers."""
+    if isinstance(condition, (bool, np.bool_)):
+        return a if condition else b
     return np.where(condition, a, b)[()]
 
 
 def log_snr(sigma: Row) -> Row:
     r""":math:`\ln((1-\sigma)/\sigma)`, infinite at the ends."""
+    if _number(sigma):
+        inside = 0 < sigma < 1
+        return math.log1p(-sigma) - math.log(sigma) if inside else math.copysign(math.inf, 0.5 - sigma)
     with np.errstate(divide="ignore"):
         return np.log1p(-np.asarray(sigma, dtype=np.float64))[()] - np.log(sigma)
 
 
 def neg_log_sigma(sigma: Row) -> Row:
     r""":math:`-\ln\sigma`, infinite at 0."""
+    if _number(sigma):
+        return -math.log(sigma) if sigma > 0 else math.inf
     with np.errstate(divide="ignore"):
         return -np.log(np.asarray(sigma, dtype=np.float64))[()]
 
@@ -51,6 +61,8 @@ def phi(k: int, z: Row) -> Row:
 
     By the series near 0, else by :math:`\varphi_{k+1}(z) = (\varphi_k(z) - 1/k!)/z`.
     """
+    if _number(z):
+        return _phi(k, z)
     z = np.asarray(z, dtype=np.float64)
     small = np.abs(z) < 1
     near, term = np.zeros_like(z), np.full_like(z, 1 / math.factorial(k))
@@ -62,6 +74,23 @@ def phi(k: int, z: Row) -> Row:
         for j in range(1, k):
             far = (far - 1 / math.factorial(j)) / z
     return np.where(small, near, np.where(np.isfinite(far), far, 0.0))[()]
+
+
+def _phi(k: int, z: float) -> float:
+    if abs(z) < 1:
+        total, term = 0.0, 1 / math.factorial(k)
+        for j in range(1, 24):
+            total += term
+            term *= z / (j + k)
+        return total
+    value = math.expm1(z) / z if math.isfinite(z) else 0.0
+    for j in range(1, k):
+        value = (value - 1 / math.factorial(j)) / z
+    return value if math.isfinite(z) else 0.0
+
+
+def _number(row: Row) -> bool:
+    return isinstance(row, (float, int))
 
 
 def add(*terms: tuple[Row, Form]) -> Form:

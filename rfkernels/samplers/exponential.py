@@ -152,6 +152,10 @@ def _bh2(step: Step, order: int, corrects: bool) -> Form:
 
 def _unipc_weights(nodes: list[Row], z: Row) -> list[Row]:
     r"""The rho of :math:`\sum_k \rho_k r_k^{i-1} = i!\,\varphi_{i+1}(z)/\varphi_1(z)`, i from 1 on."""
+    if all(isinstance(r, float) for r in (*nodes, z)):
+        powers = [[r**i for r in nodes] for i in range(len(nodes))]
+        sides = [math.factorial(i) * phi(i + 1, z) / phi(1, z) for i in range(1, len(nodes) + 1)]
+        return np.linalg.solve(powers, sides).tolist()
     nodes = np.broadcast_arrays(*nodes, z)[:-1]
     matrix = np.stack([np.stack([r**i for r in nodes], -1) for i in range(len(nodes))], -2)
     sides = [math.factorial(i) * phi(i + 1, z) / phi(1, z) for i in range(1, len(nodes) + 1)]
@@ -209,6 +213,8 @@ def _q(step: Step, k: int) -> Row:
 
 
 def _span(start: Row, end: Row, of: Callable[[Row], Row]) -> Row:
+    if isinstance(start, float) and isinstance(end, float):
+        return 0.0 if start == end else of(end) - of(start)
     with np.errstate(invalid="ignore"):
         return where(np.asarray(start) == end, 0.0, of(end) - of(start))
 

@@ -75,7 +75,8 @@ def sample(
         seeds: of stochastic methods: a number, or one for each sample, which then does not depend on the
             batch around it.
         rng: "philox", noise made within the launch, or "torch-cpu", drawn by one `torch.Generator` on the CPU
-            for each sample (`seeds` may be such generators), a copy and a pass more.
+            for each sample, of seed + i where there is one seed; `seeds` may be such generators. It costs
+            a copy and a pass.
         options: of the method, see `plan_for`.
 
     Raises:
