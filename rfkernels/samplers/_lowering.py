@@ -129,7 +129,7 @@ def _drafts(plan: "Plan", guide: Guide | None, preview: bool) -> list[_Draft]:
 
 def _follow_lives(plan: "Plan", drafts: list[_Draft], given: set[str]) -> None:
     """Drops the writes and keeps that nobody reads, and notes what is alive after each stage."""
-    needed: set[str] = {"x", plan.stages[-1].result} if plan.stages else set()
+    needed: set[str] = {"x", *plan.outputs}
     for stage, draft in zip(reversed(plan.stages), reversed(drafts), strict=True):
         if stage.ends:
             needed |= {stage.result, "x0"}

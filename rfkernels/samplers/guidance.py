@@ -131,7 +131,7 @@ class NormMatched(Guide):
 
 @dataclass(frozen=True)
 class Perpendicular(Guide):
-    r"""Perp-Neg, :math:`u + w(p - n q_\perp)`, :math:`p = c - u`, :math:`q = third - u`: Armandpour et al., 2023.
+    r"""Perp-Neg, :math:`u + w(p - n q_\perp)`, :math:`p = c - u`, :math:`q = third - u`. Armandpour, 2023.
 
     Third is the velocity of the negative prompt, u that of the empty one; products are of each sample.
     """

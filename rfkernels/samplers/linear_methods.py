@@ -1,6 +1,7 @@
 r"""Methods whose step is the state plus velocities: Runge-Kutta, Adams-Bashforth, Taylor, FireFlow."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -40,20 +41,29 @@ def _explicit(step: Step, c: list[float], a: list[list[float]], b: list[float]) 
         weights = b if j == count - 1 else a[j + 1]
         base = "start" if j else "x"
         form: Form = {base: 1.0}
-        form |= {"v" if k == j else f"v{k}": h * w for k, w in enumerate(weights) if w}
-        keeps = {f"v{j}": "v"} | ({} if j else {"start": "x"})
+        form |= {"v" if k == j else f"k{k}": h * w for k, w in enumerate(weights) if w}
+        keeps = {f"k{j}": "v"} | ({} if j else {"start": "x"})
         yield Stage(sigma, {"x": form}, keeps=keeps, step=step.index, ends=j == count - 1)
+
+
+_RK4 = (
+    [0, 1 / 2, 1 / 2, 1],
+    [[], [1 / 2], [0, 1 / 2], [0, 0, 1]],
+    [1 / 6, 1 / 3, 1 / 3, 1 / 6],
+)
+_STARTS = {"euler": ([0], [[]], [1]), "midpoint": ([0, 1 / 2], [[], [1 / 2]], [0, 1]), "rk4": _RK4}
 
 
 def adams_bashforth(grid: Grid, *, order: int = 2, start: str = "euler") -> Iterator[Stage]:
     """Variable-step Adams-Bashforth of order 1 to 4: the polynomial through the last velocities, integrated.
 
-    It starts with lower orders; `start="midpoint"` makes the first step that of the midpoint rule.
+    It starts with lower orders, and converges with order 2 then. `start="midpoint"` makes the first step that
+    of the midpoint rule (order 3), `start="rk4"` the first `order` - 1 steps those of `rk4` (order 4).
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order of Adams-Bashforth must be 1 to 4, got {order}")
-    _choice("start", start, ("euler", "midpoint"))
-    yield from _velocity_multistep(grid, order, _adams_weights, start == "midpoint")
+    _choice("start", start, tuple(_STARTS))
+    yield from _velocity_multistep(grid, order, _adams_weights, start)
 
 
 def taylor(grid: Grid, *, order: int = 3) -> Iterator[Stage]:
@@ -65,20 +75,19 @@ def taylor(grid: Grid, *, order: int = 3) -> Iterator[Stage]:
     """
     if order not in (2, 3, 4):
         raise ValueError(f"order of Taylor's series must be 2, 3 or 4, got {order}")
-    yield from _velocity_multistep(grid, order, _taylor_weights, False)
+    yield from _velocity_multistep(grid, order, _taylor_weights, "euler")
 
 
 def _velocity_multistep(
-    grid: Grid, order: int, weights: Callable[[Row, list[Row]], list[Row]], midpoint: bool
+    grid: Grid, order: int, weights: Callable[[Row, list[Row]], list[Row]], start: str
 ) -> Iterator[Stage]:
     """Steps over this velocity "v" and those before, "v1" the last, "v2" the one before it."""
     for step in grid:
         shift = {"v1": "v", **({"v2": "v1"} if step.age else {}), **({"v3": "v2"} if step.age > 1 else {})}
-        if midpoint and step.age == 0:
-            half = step.h / 2
-            first = {"x": {"x": 1.0, "v": half}}
-            yield Stage(step.start, first, keeps={"start": "x", "v1": "v"}, step=step.index, ends=False)
-            yield Stage(step.start + half, {"x": {"start": 1.0, "v": step.h}}, step=step.index)
+        if step.age < {"euler": 0, "midpoint": 1, "rk4": order - 1}[start]:
+            first, *others = _explicit(step, *_STARTS[start])
+            yield replace(first, keeps={**first.keeps, **shift})
+            yield from others
             continue
         nodes = [step.before(k) - step.start for k in range(min(order, step.age + 1))]
         form: Form = {"x": 1.0}

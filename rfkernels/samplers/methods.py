@@ -12,8 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from rfkernels.samplers._grid import Grid, check_grid
+from rfkernels.samplers.exponential import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc
 from rfkernels.samplers.linear_methods import adams_bashforth, fireflow, runge_kutta, taylor
 from rfkernels.samplers.plan import Plan, Stage
+from rfkernels.samplers.stochastic import ddim, euler_sde, lcm, overshoot, rfpp
 
 __all__ = ["METHODS", "Method", "method_named", "nfe", "plan_for"]
 
@@ -64,6 +66,17 @@ METHODS: dict[str, Method] = {
     "ab4": Method(4, adams_bashforth, options={"order": 4}),
     "taylor": Method(2, taylor),
     "fireflow": Method(2, fireflow, extra=1),
+    "dpmpp_2m": Method(2, dpmpp_2m),
+    "dpmpp_2m_neglog": Method(2, dpmpp_2m, options={"lambda_": "neg_log_sigma"}),
+    "dpmpp_3m": Method(2, dpmpp_3m),  # 3 with exact start values; the first step is of first order
+    "dpmpp_2m_sde": Method(1, dpmpp_2m_sde, stochastic=True),
+    "unipc": Method(2, unipc),
+    "ddim": Method(1, ddim),
+    "lcm": Method(1, lcm, stochastic=True),
+    "euler_sde": Method(1, euler_sde, stochastic=True),
+    "overshoot": Method(1, overshoot, stochastic=True),
+    "rfpp": Method(1, rfpp),
+    "dopri5": Method(5, None, 6),
 }
 
 
@@ -99,10 +112,7 @@ def plan_for(method: str, sigmas: Tensor | Sequence[float], **options: Any) -> P
     levels = check_grid(sigmas)
     if entry.build is None:
         raise ValueError(f"plan_for: {method} is adaptive and has no plan, call sample")
-    known = [p.name for p in inspect.signature(entry.build).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    if unknown := options.keys() - set(known):
-        takes = f"takes {', '.join(known)}" if known else "takes no options"
-        raise ValueError(f"{method} {takes}, got {', '.join(sorted(unknown))}")
+    check_options(method, entry.build, options)
     chosen = {**entry.options, **options}
 
     def make(first: int, breaks: frozenset[int]) -> Plan:
@@ -110,3 +120,11 @@ def plan_for(method: str, sigmas: Tensor | Sequence[float], **options: Any) -> P
         return Plan(method, entry.order, levels, stages, make)
 
     return make(0, frozenset())
+
+
+def check_options(method: str, build: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raises a ValueError for options that are not keywords of `build`."""
+    known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if unknown := options.keys() - set(known):
+        takes = f"takes {', '.join(known)}" if known else "takes no options"
+        raise ValueError(f"{method} {takes}, got {', '.join(sorted(unknown))}")

@@ -59,7 +59,8 @@ class Plan:
     """The stages of a method along a grid of noise levels.
 
     `adapted(first, breaks)` is the plan that starts at step `first` and drops what multistep methods remember
-    before each step of `breaks`; None for a plan that cannot.
+    before each step of `breaks`; None for a plan that cannot. `outputs` names what else the memory holds at
+    the end.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Plan:
     sigmas: tuple[Row, ...]
     stages: tuple[Stage, ...]
     adapted: Callable[[int, frozenset[int]], "Plan"] | None = None
+    outputs: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:

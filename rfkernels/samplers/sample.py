@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rfkernels.ops import noise_keys
+from rfkernels.ops import combine, noise_keys
+from rfkernels.ops._register import accumulator
 from rfkernels.samplers._rows import Row
-from rfkernels.samplers.guidance import Guide
+from rfkernels.samplers.adaptive import Accepted, dopri5
+from rfkernels.samplers.guidance import Guide, as_guide
 from rfkernels.samplers.methods import method_named, plan_for
 from rfkernels.samplers.plan import Buffers, Plan, State, advance, init
 
@@ -27,7 +29,7 @@ class StepInfo:
     """What a callback sees: step `step` of `steps` has gone from noise level `sigma` to the state `x`.
 
     `x0` is the estimate of the data at the step's first evaluation, x - sigma v with the guided velocity.
-    `sigma` is a number, or an array for levels per sample or frame.
+    `sigma` is a number, or an array for levels per sample or frame. Of adaptive methods `steps` is 0.
     """
 
     step: int
@@ -83,7 +85,7 @@ def sample(
     entry = method_named(method)
     _warn_if_distilled(velocity, guidance)
     if entry.adaptive:
-        raise ValueError("adaptive")
+        return _adaptive(velocity, x, sigmas, guidance, callback, progress, options or {})
     plan = plan_for(method, sigmas, **(options or {}))
     keys = keys_for(seeds, rng, x) if plan.stochastic else None
     return run_plan(plan, velocity, x, guidance=guidance, callback=callback, progress=progress, keys=keys)
@@ -114,6 +116,40 @@ def run_plan(
             if callback and callback(_info(state, stage.step, stage.result)):
                 return state.memory[stage.result]
     return state.memory[state.plan.stages[-1].result]
+
+
+def _adaptive(
+    velocity: Velocity,
+    x: Tensor,
+    sigmas: Tensor,
+    guidance: float | Tensor | Guide | None,
+    callback: Callback | None,
+    progress: bool,
+    options: dict[str, Any],
+) -> Tensor:
+    taken = {
+        name: options[name] for name in ("rtol", "atol", "control", "max_evaluations") if name in options
+    }
+    if len(taken) < len(options):
+        unknown = ", ".join(sorted(options.keys() - taken.keys()))
+        raise ValueError(f"dopri5 takes rtol, atol, control, max_evaluations, got {unknown}")
+    if x.ndim < 1:
+        raise ValueError(f"x must be [batch, ...], got {list(x.shape)}")
+    together = options.get("control") == "batch"
+    with tqdm(disable=None if progress else True, leave=False, unit="step") as bar:
+
+        def on_step(info: Accepted) -> bool | None:
+            bar.update()
+            if callback is None:
+                return None
+            levels = torch.from_numpy(-info.sigma).to(accumulator(x.dtype)).to(x.device)
+            coefs = torch.stack([torch.ones_like(levels), levels])[None]
+            (x0,) = combine([info.start, info.velocity], coefs)
+            sigma = float(info.sigma[0]) if together else info.sigma
+            return callback(StepInfo(info.count, 0, sigma, info.x, x0))
+
+        guide = as_guide(guidance, len(x))
+        return dopri5(velocity, x, sigmas, guide=guide, on_step=on_step, **taken)
 
 
 def keys_for(
