@@ -117,7 +117,9 @@ def combine_reference(
     for j in range(len(coefs)):
         rows = [expand_rows(c, x) for c in coefs[j]]
         if mask is not None:
-            rows = [c + mask.to(dtype) * (expand_rows(i, x) - c) for c, i in zip(rows, inside[j], strict=True)]
+            rows = [
+                c + mask.to(dtype) * (expand_rows(i, x) - c) for c, i in zip(rows, inside[j], strict=True)
+            ]
         outs.append(sum((c * y for c, y in zip(rows[1:], columns[1:], strict=True)), rows[0] * columns[0]))
     return [o.to(x.dtype) for o in outs]
 

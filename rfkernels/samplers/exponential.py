@@ -103,8 +103,9 @@ def unipc(grid: Grid, *, order: int = 2, lower_order_final: bool = True) -> Iter
     r"""UniPC on estimates of the data with :math:`B(h) = e^h - 1` ("bh2"), order 1 to 3. Zhao et al., 2023.
 
     The corrector of the last step and the predictor of this one are one launch: both are the predicted state
-    plus estimates of the data, so the state before it needs no memory. The last step is of first order with
-    `lower_order_final`. A first level of 1 is no history; one below it by a hair (1 - 1e-6 in diffusers) is.
+    plus estimates of the data, so the state before it needs no memory. With `lower_order_final` the
+    last step is of first order, and the one before it of second at most. A first level of 1 is no history;
+    one below it by a hair (1 - 1e-6 in diffusers) is.
     """
     check_levels("unipc", grid)
     if order not in (1, 2, 3):
@@ -116,7 +117,8 @@ def unipc(grid: Grid, *, order: int = 2, lower_order_final: bool = True) -> Iter
         form = euler(step)
         if step.age:
             form = add((1.0, form), (1 - gain(step), _substituted(correction, older, data)))
-        reached = min(1 if lower_order_final and step.last else order, step.age + 1)
+        left = len(grid.levels) - 1 - step.index if lower_order_final else order
+        reached = min(order, left, step.age + 1)
         prediction = _bh2(step, reached, corrects=False)
         form = add((1.0, form), (1.0, _substituted(prediction, {"m1": "D1", "m2": "D2"}, data)))
         correction = add((1.0, _bh2(step, reached, corrects=True)), (-1.0, prediction))

@@ -124,7 +124,7 @@ def test_a_sample_that_was_changed_is_taken():
         assert torch.equal(run(lambda x: x.add_(0.5)), new)
 
 
-@pytest.mark.parametrize("method", [m for m in DETERMINISTIC if not METHODS[m].extra])
+@pytest.mark.parametrize("method", sorted(set(DETERMINISTIC) - {"fireflow", "rfpp"}))
 def test_image_to_image_begins_in_the_middle(method):
     scheduler = ready(8, shift=3.0, method=method)
     first = 3 * scheduler.order
@@ -295,6 +295,16 @@ def test_a_beginning_within_a_step_is_refused():
     scheduler = ready(4, method="heun")
     scheduler.set_begin_index(1)
     with pytest.raises(ValueError, match="first evaluation of a step, got 1 of 7 timesteps"):
+        stepped(scheduler)
+
+
+@pytest.mark.parametrize("method", ["fireflow", "rfpp"])
+def test_methods_that_need_their_beginning_say_so(method):
+    scheduler = ready(4, method=method)
+    scheduler.set_begin_index(2)
+    with pytest.raises(
+        ValueError, match=r"cannot begin in the middle|first evaluation|first level must be 1"
+    ):
         stepped(scheduler)
 
 

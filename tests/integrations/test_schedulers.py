@@ -258,3 +258,44 @@ def test_dynamic_shift_is_that_of_its_exponential(mu):
     dynamic.set_timesteps(8, mu=mu)
     static.set_timesteps(8)
     torch.testing.assert_close(dynamic.sigmas, static.sigmas)
+
+
+THIRD = {"solver_order": 3, "lower_order_final": False}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+def multistep(theirs, ours, steps, **config):
+    """A multistep scheduler of diffusers and ours on its levels."""
+    reference = theirs(**FLOW, **config)
+    with warnings.catch_warnings():  # of numpy's, in diffusers
+        warnings.simplefilter("ignore", DeprecationWarning)
+        reference.set_timesteps(steps)
+    scheduler = FlowScheduler(**ours)
+    scheduler.set_timesteps(sigmas=reference.sigmas[:-1].double())
+    torch.testing.assert_close(scheduler.sigmas, reference.sigmas, rtol=1e-7, atol=0)
+    reference.timesteps = scheduler.timesteps  # theirs are whole numbers, which the exact flow would feel
+    return reference, scheduler
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20])
+@pytest.mark.parametrize("flow_shift", [1.0, 5.0])
+@pytest.mark.parametrize(
+    "ours, config",
+    [
+        ({"method": "dpmpp_2m"}, {"solver_order": 2}),
+        ({"method": "dpmpp_3m", "method_options": {"compat": "diffusers"}}, THIRD),
+        ({"method": "euler"}, {"solver_order": 1}),
+    ],
+)  # fmt: skip
+def test_runs_are_those_of_dpmsolver(ours, config, flow_shift, steps):
+    same_runs(*multistep(diffusers.DPMSolverMultistepScheduler, ours, steps, flow_shift=flow_shift, **config))
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20])
+@pytest.mark.parametrize("flow_shift", [1.0, 5.0])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_runs_are_those_of_unipc(order, flow_shift, steps):
+    ours = {"method": "unipc", "method_options": {"order": order}}
+    same_runs(
+        *multistep(diffusers.UniPCMultistepScheduler, ours, steps, solver_order=order, flow_shift=flow_shift)
+    )
