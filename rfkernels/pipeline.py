@@ -174,7 +174,8 @@ class Pipeline:
         Picture i is drawn from noise of seed `seed + i` (-1: a random seed, see `Result.parameters`), so it
         can be made again alone. `guidance` is the scale of classifier-free guidance; 1 switches it off and
         halves the work. `style`: one of the model's style words. `size`: None, or the model's own in pixels.
-        `progress(done, total)` counts evaluations of the model, `callback` sees each step of the sampler.
+        `progress(done, total)` counts evaluations of the model (adaptive methods do not know the total),
+        `callback` sees each step of the sampler.
         Raises `InputError`, and `ResultError` if the result is not finite.
         """
         start = time.perf_counter()
@@ -188,9 +189,9 @@ class Pipeline:
         per_chunk = max(1, _CHUNK_PIXELS // self.model.config.size**2)
         chunks = [drawn[first : first + per_chunk] for first in range(0, len(drawn), per_chunk)]
         images: list[Image.Image] = []
-        evaluations = samplers.nfe(method, steps)
-        for index, chunk in enumerate(chunks):
-            tick = _ticker(progress, index * evaluations, len(chunks) * evaluations)
+        evaluations = 0 if samplers.METHODS[method].adaptive else samplers.nfe(method, steps)
+        tick = _ticker(progress, len(chunks) * evaluations)
+        for chunk in chunks:
             images += self._sample(chunk, settings, sigmas, tick, callback)
 
         seconds = time.perf_counter() - start
@@ -225,7 +226,13 @@ class Pipeline:
         noise = philox_normal((count, config.channels, config.size, config.size), keys)
         guidance = settings.guidance if guided else None
         x = samplers.sample(
-            velocity, noise, sigmas, method=settings.method, guidance=guidance, callback=callback
+            velocity,
+            noise,
+            sigmas,
+            method=settings.method,
+            guidance=guidance,
+            callback=callback,
+            seeds=[seed for _, seed in drawn],
         )
         if not bool(torch.isfinite(x).all()):
             raise ResultError(
@@ -369,10 +376,16 @@ def _captioned(prompt: str, style: str | None) -> str:
     return f"{style} {prompt}".strip() if style else prompt
 
 
-def _ticker(progress: ProgressCallback | None, done: int, total: int) -> Callable[[], None]:
-    """A function that reports one more evaluation each time it is called."""
-    count = itertools.count(done + 1)
-    return lambda: progress(next(count), total) if progress is not None else None
+def _ticker(progress: ProgressCallback | None, total: int) -> Callable[[], None]:
+    """A function that reports one more evaluation each time it is called; the total grows with need."""
+    count = itertools.count(1)
+
+    def tick() -> None:
+        if progress is not None:
+            done = next(count)
+            progress(done, max(done, total))
+
+    return tick
 
 
 def _is_int(value: object) -> bool:

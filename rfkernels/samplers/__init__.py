@@ -14,6 +14,7 @@ from rfkernels.samplers.guidance import (
 )
 from rfkernels.samplers.methods import METHODS, Method, nfe, plan_for
 from rfkernels.samplers.model_schedules import MODEL_SCHEDULES, model_schedule
+from rfkernels.samplers.paths import PATHS, PREDICTIONS, as_velocity, convert, step_coefficients
 from rfkernels.samplers.plan import Plan, Stage, State, init, step
 from rfkernels.samplers.sample import StepInfo, sample
 from rfkernels.samplers.schedules import SCHEDULES, schedule
@@ -23,6 +24,8 @@ __all__ = [
     "CFG",
     "METHODS",
     "MODEL_SCHEDULES",
+    "PATHS",
+    "PREDICTIONS",
     "SCHEDULES",
     "CFGZeroStar",
     "Guide",
@@ -36,7 +39,9 @@ __all__ = [
     "Stage",
     "State",
     "StepInfo",
+    "as_velocity",
     "boss_schedule",
+    "convert",
     "init",
     "model_schedule",
     "nfe",
@@ -44,4 +49,5 @@ __all__ = [
     "sample",
     "schedule",
     "step",
+    "step_coefficients",
 ]

@@ -181,7 +181,7 @@ class _Run:
 
     @torch.no_grad()
     def norm(self, error: Tensor, a: Tensor, b: Tensor) -> np.ndarray:
-        """RMS of error / (atol + rtol max(|a|, |b|)), of each sample or the same of all; waits for the device."""
+        """RMS of error / (atol + rtol max(|a|, |b|)), each sample's or that of all; waits."""
         wide = accumulator(a.dtype)
         scaled = error.to(wide) / (self.atol + self.rtol * torch.maximum(a.abs(), b.abs()).to(wide))
         squares = moments([scaled], scaled.new_ones(1, 1))[:, 1].cpu().numpy()

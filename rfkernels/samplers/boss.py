@@ -89,9 +89,8 @@ def optimal_grid(cost: Tensor, steps: int) -> tuple[list[int], float]:
     _require(
         not bad.any(), f"optimal_grid: costs must be numbers or infinity, got {int(bad.sum())} that are not"
     )
-    c[~later] = np.inf
+    c[~later] = np.inf  # so nothing goes on from the last point
     to_end, choices = c[:, -1].copy(), []
-    c[:, -1] = np.inf  # the last point ends the chain
     for _ in range(steps - 1):
         through = c + to_end
         choices.append(through.argmin(1))  # the first of equals

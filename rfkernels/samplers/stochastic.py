@@ -51,8 +51,8 @@ def euler_sde(
 
     Args:
         diffusion: "flow_grpo", :math:`g^2 = a^2\sigma/(1-\sigma)` with a = `noise_level`, at level 1 with the
-            second level in the divisor (Liu et al., 2025); "rf_inversion", :math:`g^2 = 2\sigma/(1-\sigma)`, the step
-            from level 1 without noise (Rout et al., 2024); or g, called with each level.
+            second level in the divisor (Liu et al., 2025); "rf_inversion", :math:`g^2 = 2\sigma/(1-\sigma)`,
+            the step from level 1 without noise (Rout et al., 2024); or g, called with each level.
         noise_level: of "flow_grpo".
         final_noise: Flow-GRPO's code adds noise in the last step to level 0 too; here it is Euler's.
     """
@@ -78,7 +78,8 @@ def overshoot(grid: Grid, *, amount: float = 0.5) -> Iterator[Stage]:
     r"""Euler past the level by `amount` of the step, then noise back up to it.
 
     :math:`x' = k(x + (\sigma_o - \sigma)v) + \sqrt{\sigma'^2 - k^2\sigma_o^2}\,z` with
-    :math:`\sigma_o = \max(0, \sigma' - c|h|)`, :math:`k = (1-\sigma')/(1-\sigma_o)`. Hu et al., "AMO sampler", 2024. 0 is Euler.
+    :math:`\sigma_o = \max(0, \sigma' - c|h|)`, :math:`k = (1-\sigma')/(1-\sigma_o)`; 0 is Euler. Hu et al.,
+    "AMO sampler", 2024.
     """
     if not amount >= 0:
         raise ValueError(f"overshoot: amount must be at least 0, got {amount}")

@@ -61,6 +61,7 @@ CONFIGS = {
     "terminal and karras": {"shift": 3.0, "shift_terminal": 0.1, "use_karras_sigmas": True},
     "inverted": {"shift": 2.0, "invert_sigmas": True},
     "dynamic": {"use_dynamic_shifting": True},
+    "dynamic, FLUX.1": {"use_dynamic_shifting": True, "shift": 3.0},  # which is not used
     "dynamic linear": {"use_dynamic_shifting": True, "time_shift_type": "linear"},
     "dynamic terminal": {"use_dynamic_shifting": True, "shift_terminal": 0.02},
     "dynamic beta": {"use_dynamic_shifting": True, "use_beta_sigmas": True},
