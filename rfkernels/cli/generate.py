@@ -35,7 +35,7 @@ Guidance = Annotated[
     float | None, _help("--guidance", "--cfg-scale", help="Pull to the prompt; 1 is off [3].")
 ]
 Seed = Annotated[int | None, _help("-s", "--seed", help="Picture i uses SEED + i; -1 is random [-1].")]
-Schedule = Annotated[str | None, _help(help="Noise levels: linear, shift, dynamic [linear].")]
+Schedule = Annotated[str | None, _help(help="Noise levels: linear, shift, karras, beta, ... [linear].")]
 Shift = Annotated[float | None, _help(help="Chooses schedule shift; > 1: more steps near the noise.")]
 Style = Annotated[str | None, _help(help="A style word of the model.")]
 Size = Annotated[int | None, _help(help="Pixels a side; the model knows one size (see --scale).")]

@@ -283,9 +283,10 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         begins.
         """
         timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        # of timesteps that are equal from the first on, as cut ones may be, the first
         matches = (timesteps.cpu() == torch.as_tensor(timestep).cpu()).nonzero().flatten()
         _require(len(matches) > 0, f"timestep must be one of {timesteps.tolist()}, got {timestep}")
-        return matches[1 if len(matches) > 1 else 0].item()
+        return matches[1 if len(matches) > 1 and matches[0] > 0 else 0].item()
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

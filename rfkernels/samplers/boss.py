@@ -107,9 +107,9 @@ def boss_schedule(
 ) -> Tensor:
     """Returns the noise levels `[steps + 1]`, float64, at which Euler's steps follow the flow of `x` best.
 
-    Runs `grid` Euler steps (as many evaluations) and keeps all of their states, `grid + 1` times the memory
-    of x. The levels are among those of the grid. They suit the `velocity` with its guidance, and Euler's
-    method.
+    Runs `grid` Euler steps (as many evaluations) and keeps all states and velocities of theirs, each `grid`
+    times the memory of x. The levels are among those of the grid. They suit the `velocity` with its guidance,
+    and Euler's method.
 
     Args:
         velocity: `velocity(x, sigma)` as of `sample`, without guidance or with it inside.
@@ -121,12 +121,16 @@ def boss_schedule(
     _require(x.ndim >= 2, f"boss_schedule: x must be [samples, ...], got {list(x.shape)}")
     rows = levels.to(x.device, x.dtype)[:, None].expand(-1, len(x)).contiguous()
     moves = levels.diff().to(x.device, torch.promote_types(x.dtype, torch.float32))
-    states, velocities = [x], []
     with torch.no_grad():
-        for move, row in zip(moves, rows, strict=False):
-            velocities.append(velocity(states[-1], row))
-            states.append(affine_step(states[-1], velocities[-1].contiguous(), 1.0, move))
-        cost = path_cost(torch.stack(states), torch.stack(velocities), levels)
+        states, velocities = x.new_empty(len(levels), *x.shape), None
+        states[0] = x
+        for i, move in enumerate(moves):
+            v = velocity(states[i], rows[i]).contiguous()
+            if velocities is None:
+                velocities = v.new_empty(len(moves), *v.shape)
+            velocities[i] = v
+            affine_step(states[i], v, 1.0, move, out=states[i + 1])
+        cost = path_cost(states, velocities, levels)
     chain, _ = optimal_grid(cost, steps)
     return levels[chain]
 

@@ -147,6 +147,13 @@ def test_without_a_begin_index_the_timestep_says_where():
     assert heun.step_index == 5
 
 
+def test_equal_whole_timesteps_at_the_start_skip_no_step():
+    scheduler = ready(100, shift=12.0, sigma_max=0.999, timestep_dtype="int64")
+    assert scheduler.timesteps[0] == scheduler.timesteps[1] == 999
+    drive(scheduler, X)
+    assert scheduler.step_index == 100
+
+
 @pytest.mark.parametrize("steps, options", [(50, {}), (20, {"shift": 3.0})])
 def test_grid_of_wans_own_code(steps, options):
     scheduler = ready(steps, **{"shift": 5.0, "sigma_max": 0.999, "timestep_dtype": "int64", **options})
