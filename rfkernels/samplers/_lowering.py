@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rfkernels.ops._register import accumulator
-from rfkernels.samplers._rows import Form, Row, form_values, same_form
+from rfkernels.samplers._rows import Form, Row, form_values, nonzero, same, same_form
 from rfkernels.samplers.guidance import Guide, Use, third_of
 
 if TYPE_CHECKING:
@@ -81,14 +81,22 @@ class _Draft:
 
 
 def lower(
-    plan: "Plan", x: Tensor, guide: Guide | None, keys: Tensor | None, extra: tuple[str, ...], preview: bool
+    plan: "Plan",
+    x: Tensor,
+    guide: Guide | None,
+    keys: Tensor | None,
+    extra: Mapping[str, Tensor],
+    preview: bool,
 ) -> Runtime:
     """The launches of `plan` for states like x; `keys` None: noise is a tensor called "noise"."""
     drafts = _drafts(plan, guide, preview)
     _follow_lives(plan, drafts, {"x", *extra})
     lowered, tables = [], []
+    unlike = {name for name, t in extra.items() if t.dtype != x.dtype}  # whose dtype may not be that of x
     for index, (stage, draft) in enumerate(zip(plan.stages, drafts, strict=True)):
-        result, rows = _lowered(stage, draft, guide, keys is not None)
+        result, rows = _lowered(stage, draft, unlike, keys is not None)
+        unlike = {n for n, source in draft.keeps.items() if source in unlike | {"v"}} | (unlike & draft.alive)
+        unlike -= draft.writes.keys()
         lowered.append(result)
         tables += rows
         for launch in result.launches:
@@ -151,7 +159,7 @@ def _follow_lives(plan: "Plan", drafts: list[_Draft], given: set[str]) -> None:
 
 
 def _lowered(
-    stage: "Stage", draft: _Draft, guide: Guide | None, philox: bool
+    stage: "Stage", draft: _Draft, unlike: set[str], philox: bool
 ) -> tuple[Lowered, list[np.ndarray]]:
     kind, forms = draft.use.kind, dict(draft.writes)
     if kind is None:
@@ -170,22 +178,22 @@ def _lowered(
     outputs = list(forms)
     launches, tables = [], []
     for part in [outputs[i : i + _MAX_OUTPUTS] for i in range(0, len(outputs), _MAX_OUTPUTS)]:
-        noise = {n: draft.noise[n] for n in part if np.any(draft.noise.get(n, 0.0))}
-        launch, table = _launch(stage, kind, names, {n: forms[n] for n in part}, noise, philox)
+        noise = {n: draft.noise[n] for n in part if nonzero(draft.noise.get(n, 0.0))}
+        launch, table = _launch(stage, kind, names, {n: forms[n] for n in part}, noise, unlike, philox)
         launches.append(launch)
         tables.append(table)
     made = set(forms) | set(aliases) | set(draft.keeps)
     held = (draft.alive - made) | set(draft.keeps.values())
     if len(launches) > 1:
         held |= {name for launch in launches for name in launch.inputs}
-    noisy = any(np.any(std) for name, std in draft.noise.items() if name in draft.writes)
+    noisy = any(nonzero(std) for name, std in draft.noise.items() if name in draft.writes)
     keeps, alive = tuple(draft.keeps.items()), tuple(sorted(draft.alive))
     order = (tuple(launches), keeps, tuple(aliases.items()), alive, tuple(sorted(held)), noisy)
     return Lowered(velocities, names, *order), tables
 
 
 def _twins(a: str, b: str, forms: Mapping[str, Form], draft: _Draft) -> bool:
-    same_noise = np.array_equal(draft.noise.get(a, 0.0), draft.noise.get(b, 0.0))
+    same_noise = same(draft.noise.get(a, 0.0), draft.noise.get(b, 0.0))
     return same_noise and same_form(forms[a], forms[b])
 
 
@@ -195,18 +203,21 @@ def _launch(
     names: tuple[str, ...],
     forms: dict[str, Form],
     noise: dict[str, Row],
+    unlike: set[str],
     philox: bool,
 ) -> tuple[Launch, np.ndarray]:
     """The launch that writes `forms`, and its table of coefficients [outputs, columns, *rows]."""
     read = {name for form in forms.values() for name in form}
     guided = kind is not None and "v" in read
-    remembered = sorted(read - set(_EVALUATED), key=lambda n: (n != "x", n))
+    remembered = sorted(read - set(_EVALUATED), key=lambda n: (n != "x", n in unlike, n))
     evaluated = [n for n in names if guided or n in read]
     if guided and kind == "apg_momentum":
         evaluated.append("momentum")
         remembered = [n for n in remembered if n != "momentum"]
-    # the first gives the results their dtype: a state, not a velocity
-    inputs = [*(remembered[:1] or ["x"]), *evaluated, *remembered[1:]]
+    alone = "cond" in read and not guided  # terms in the order of a guided launch
+    if not remembered or remembered[0] in unlike or (alone and remembered[0] != "x"):
+        remembered.insert(0, "x")  # the first gives the results their dtype
+    inputs = [remembered[0], *evaluated, *remembered[1:]]
     drawn = [] if philox or not noise else ["noise"]
     inputs += drawn
     if len(inputs) > _MAX_INPUTS:
@@ -218,7 +229,8 @@ def _launch(
         [form.get(c, 0.0) if c != "noise" else noise.get(name, 0.0) for c in columns]
         for name, form in forms.items()
     ]
-    shape = np.broadcast_shapes(*(np.shape(e) for row in entries for e in row))
+    arrays = [np.shape(e) for row in entries for e in row if not isinstance(e, float)]
+    shape = np.broadcast_shapes(*arrays)
     if shape:
         entries = [[np.broadcast_to(e, shape) for e in row] for row in entries]
     launch = Launch(tuple(inputs), tuple(forms), kind if guided else None, bool(noise) and philox)
@@ -251,10 +263,12 @@ def _levels(plan: "Plan", x: Tensor) -> Tensor:
     if not plan.stages:
         return x.new_zeros(0)
     values = [_value(stage.sigma) for stage in plan.stages]
-    shape = np.broadcast_shapes(*map(np.shape, values), (1,))
-    rows = np.stack([np.broadcast_to(v, shape) for v in values]) if len(shape) > 1 or shape[0] > 1 else None
-    if rows is None:
-        rows = np.array([float(np.asarray(v).reshape(())) for v in values])[:, None]
+    shapes = {np.shape(v) for v in values}
+    if shapes == {()}:
+        rows = np.array(values, dtype=np.float64)[:, None]
+    else:
+        shape = np.broadcast_shapes(*shapes)
+        rows = np.stack([np.broadcast_to(v, shape) for v in values])
     levels = torch.from_numpy(np.ascontiguousarray(rows)).to(x.dtype).to(x.device)
     return levels.expand(len(values), len(x), *levels.shape[2:]).contiguous()
 

@@ -76,8 +76,17 @@ def add(*terms: tuple[Row, Form]) -> Form:
 def form_values(form: Form) -> Form:
     """The form with arrays in place of tensors, without the terms whose coefficient is 0 everywhere."""
     values = {name: v.numpy() if isinstance(v, Tensor) else v for name, v in form.items()}
-    return {name: v for name, v in values.items() if np.any(v)}
+    return {name: v for name, v in values.items() if nonzero(v)}
+
+
+def nonzero(row: Row) -> bool:
+    """Whether any of the row is not 0."""
+    return row != 0 if isinstance(row, (float, int)) else bool(np.any(row))
 
 
 def same_form(a: Form, b: Form) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+
+
+def same(a: Row, b: Row) -> bool:
+    return a == b if isinstance(a, float) and isinstance(b, float) else np.array_equal(a, b)

@@ -68,7 +68,8 @@ def dopri5(
 
     Args:
         velocity, x: as of `sample`; sigma is `[batch]`, a level for each sample.
-        guide: without momentum and zeroed steps, which have no meaning for a velocity field.
+        guide: without momentum and without what depends on the step's number, as steps are not known; one
+            that depends on the noise level needs `control="batch"`.
         control: "sample": errors and steps are each sample's own, so that its result does not depend on the
             batch around it, and the batch runs as long as its hardest sample; "batch": one error, the RMS
             over all samples, and one step for all.
@@ -85,8 +86,10 @@ def dopri5(
         raise ValueError(f"dopri5: rtol and atol must be positive, got {rtol} and {atol}")
     if control not in ("sample", "batch"):
         raise ValueError(f"dopri5: control must be sample or batch, got {control!r}")
-    if guide is not None and (guide.momentum or guide.zero_steps):
-        raise ValueError("dopri5 needs a guide without momentum and with zero_steps=0")
+    if guide is not None and (guide.momentum or guide.zero_steps or guide.by_step):
+        raise ValueError("dopri5 needs a guide without momentum or a window of steps, and with zero_steps=0")
+    if guide is not None and guide.by_level and control == "sample":
+        raise ValueError('dopri5: a guide that depends on the level needs control="batch"')
     if control == "batch" and np.ndim(levels[0]):
         raise ValueError('dopri5: levels for each sample need control="sample"')
     run = _Run(velocity, guide, rtol, atol, control == "batch")

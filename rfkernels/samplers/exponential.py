@@ -87,15 +87,13 @@ def dpmpp_2m_sde(grid: Grid) -> Iterator[Stage]:
     check_levels("dpmpp_2m_sde", grid, falling=True)
     for step in grid:
         data = _data(step)
-        decay = where(
-            step.h == 0, 1.0, ratio((1 - step.start) * step.end, step.start * (1 - step.end))
-        )  # e^-h
-        scale = where(step.h == 0, 1.0, ratio(step.end, step.start)) * decay
-        weight = (1 - step.end) * (1 - decay**2)
+        left = decay(step)
+        scale = where(np.asarray(step.h) == 0, 1.0, ratio(step.end, step.start)) * left
+        weight = (1 - step.end) * (1 - left**2)
         form = add(
             (scale, {"x": 1.0}), (weight, data), (weight * _second_order(step, log_snr), _difference(data))
         )
-        noise = {"x": step.end * np.sqrt(1 - decay**2)}
+        noise = {"x": step.end * np.sqrt(1 - left**2)}
         yield Stage(step.start, {"x": form, "D1": data}, noise, step=step.index)
 
 
@@ -131,13 +129,13 @@ def _bh2(step: Step, order: int, corrects: bool) -> Form:
 
     In estimates of the data: "m0" at this step's start, "m1" and "m2" before it, "new" at its end.
     """
-    weight, start = gain(step), log_snr(step.start)
+    weight = gain(step)
     h = _span(step.start, step.end, log_snr)
     form: Form = {"new": weight / 2, "m0": -weight / 2} if corrects else {}
     good = np.isfinite(h) & (np.asarray(h) != 0)
     nodes: list[Row] = []
     for p in range(2, order + 1):
-        node = ratio(log_snr(step.before(p - 1)) - start, h)
+        node = ratio(-_span(step.before(p - 1), step.start, log_snr), h)
         good = good & (node != 0) & (node != (nodes[-1] if nodes else 0.0))
         nodes.append(where(good, node, -float(p)))
         safe = where(good, -h, -1.0)
@@ -169,6 +167,12 @@ def euler(step: Step) -> Form:
 def gain(step: Step) -> Row:
     """1 - end/start, the weight of the data in an exponential step; 0 from level 0, where x is the data."""
     return where(np.asarray(step.start) == 0, 0.0, 1 - ratio(step.end, step.start))
+
+
+def decay(step: Step) -> Row:
+    """e^-h with h in log-SNR, on the way down; 0 from level 1 and to level 0."""
+    left = ratio((1 - step.start) * step.end, step.start * (1 - step.end))
+    return where(np.asarray(step.h) == 0, 1.0, left)
 
 
 def check_levels(name: str, grid: Grid, falling: bool = False) -> None:

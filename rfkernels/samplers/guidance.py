@@ -46,11 +46,14 @@ class Guide:
         velocities: how many tensors the model returns.
         zero_steps: the first steps, in which the velocity is 0: they are skipped, without an evaluation.
         momentum: of the direction c - u, see `APG`.
+        by_step, by_level: whether it depends on the step's number, or on the noise level.
     """
 
     velocities: int = 2
     zero_steps: int = 0
     momentum: float = 0.0
+    by_step: bool = False
+    by_level: bool = False
 
     def at(self, sigma: Row, step: int, steps: int) -> Use:
         """What happens at noise level sigma in step `step` of `steps`."""
@@ -156,6 +159,7 @@ class SkipLayer(Guide):
     s: float = 2.5
     window: tuple[float, float] = (0.01, 0.2)
     velocities = 3
+    by_step = True
 
     def at(self, sigma, step, steps):
         if self.window[0] * steps < step < self.window[1] * steps:
@@ -173,6 +177,7 @@ class Interval(Guide):
     guide: Guide
     low: float = 0.0
     high: float = 1.0
+    by_level = True
 
     @property
     def velocities(self) -> int:
@@ -185,6 +190,10 @@ class Interval(Guide):
     @property
     def momentum(self) -> float:
         return self.guide.momentum
+
+    @property
+    def by_step(self) -> bool:
+        return self.guide.by_step
 
     def at(self, sigma, step, steps):
         return self.guide.at(sigma, step, steps) if self.low < _highest(sigma) <= self.high else Use(None)

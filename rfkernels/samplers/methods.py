@@ -62,8 +62,9 @@ METHODS: dict[str, Method] = {
         4,
     ),
     "ab2": Method(2, adams_bashforth, options={"order": 2}),
-    "ab3": Method(3, adams_bashforth, options={"order": 3}),
-    "ab4": Method(4, adams_bashforth, options={"order": 4}),
+    # Of order 3 and 4 with their starts "midpoint" and "rk4", which cost evaluations.
+    "ab3": Method(2, adams_bashforth, options={"order": 3}),
+    "ab4": Method(2, adams_bashforth, options={"order": 4}),
     "taylor": Method(2, taylor),
     "fireflow": Method(2, fireflow, extra=1),
     "dpmpp_2m": Method(2, dpmpp_2m),
@@ -75,7 +76,7 @@ METHODS: dict[str, Method] = {
     "lcm": Method(1, lcm, stochastic=True),
     "euler_sde": Method(1, euler_sde, stochastic=True),
     "overshoot": Method(1, overshoot, stochastic=True),
-    "rfpp": Method(1, rfpp),
+    "rfpp": Method(1, rfpp),  # where trajectories are straight; else the noise is not that of the state
     "dopri5": Method(5, None, 6),
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rfkernels.ops import combine
 from rfkernels.samplers._lowering import Runtime, lower
-from rfkernels.samplers._rows import Form, Row
+from rfkernels.samplers._rows import Form, Row, nonzero
 
 if TYPE_CHECKING:
     from rfkernels.samplers.guidance import Guide
@@ -81,7 +81,7 @@ class Plan:
     @property
     def stochastic(self) -> bool:
         """Whether any stage draws noise."""
-        return any(stage.noise for stage in self.stages)
+        return any(nonzero(std) for stage in self.stages for std in stage.noise.values())
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def init(
         generators, keys = _generator_states(keys, len(x)), None
     elif plan.stochastic and (keys.shape != (len(x), 3) or keys.dtype != torch.int64):
         raise ValueError(f"keys must be int64[{len(x)}, 3], got {keys.dtype} {list(keys.shape)}")
-    runtime = lower(plan, x, guide, keys if plan.stochastic else None, tuple(memory or ()), preview)
+    runtime = lower(plan, x, guide, keys if plan.stochastic else None, memory or {}, preview)
     return State(0, {"x": x, **(memory or {})}, plan, runtime, generators)
 
 

@@ -1,6 +1,9 @@
-r"""Methods that draw noise and keep the marginals of the rectified flow, and those that re-use it.
+r"""Methods that draw noise, and one that uses its first noise again.
 
-With :math:`D = x - \sigma v` and :math:`\hat\epsilon = x + (1-\sigma)v`; all go down from noise to data.
+`ddim`, `euler_sde`, `overshoot` and `dpmpp_2m_sde` keep the marginals as steps become short. `lcm` does not:
+its states vary less than they should, since it takes the mean of the data for the data.
+
+With :math:`D = x - \sigma v` and :math:`\hat\epsilon = x + (1-\sigma)v`.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,26 +12,32 @@ import numpy as np
 
 from rfkernels.samplers._grid import Grid, Step
 from rfkernels.samplers._rows import Form, Row, add, ratio, where
-from rfkernels.samplers.exponential import check_levels, euler
+from rfkernels.samplers.exponential import check_levels, decay, euler
 from rfkernels.samplers.plan import Stage
 
 __all__ = ["ddim", "euler_sde", "lcm", "overshoot", "rfpp"]
 
 
-def ddim(grid: Grid, *, eta: float = 0.0) -> Iterator[Stage]:
-    r"""DDIM, :math:`x' = (1-\sigma')D + \sqrt{\sigma'^2-s^2}\,\hat\epsilon + s z`, :math:`s = \eta\sigma'`.
+def ddim(grid: Grid, *, eta: float = 0.0, relative_to: str = "posterior") -> Iterator[Stage]:
+    r"""DDIM, :math:`x' = (1-\sigma')D + \sqrt{\sigma'^2-s^2}\,\hat\epsilon + s z`. Song et al., 2021.
 
-    `eta` from 0 (Euler) to 1 (full re-noise). Song et al., 2021, on the rectified-flow path.
+    Args:
+        eta: from 0 (Euler) to 1, s as a part of what `relative_to` says.
+        relative_to: "posterior", :math:`\sigma'\sqrt{1-e^{-2h}}` with h in log-SNR: ancestral sampling at 1;
+            "level", :math:`\sigma'`: full re-noise at 1, as `lcm`, with its loss of variance.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"ddim: eta must be in 0 .. 1, got {eta}")
+    if relative_to not in ("posterior", "level"):
+        raise ValueError(f"ddim: relative_to must be posterior or level, got {relative_to!r}")
     check_levels("ddim", grid, falling=eta > 0)
     for step in grid:
         if eta == 0:
             yield Stage(step.start, {"x": euler(step)}, step=step.index)
             continue
-        form = add((1 - step.end, _data(step)), (step.end * np.sqrt(1 - eta**2), _noise(step)))
-        yield _stage(step, form, eta * step.end)
+        part = eta * (np.sqrt(1 - decay(step) ** 2) if relative_to == "posterior" else 1.0)
+        form = add((1 - step.end, _data(step)), (step.end * np.sqrt(1 - part**2), _noise(step)))
+        yield _stage(step, form, part * step.end)
 
 
 def lcm(grid: Grid) -> Iterator[Stage]:

@@ -88,6 +88,8 @@ def test_16_bit_velocities_move_a_float32_state(method, device):
 
     result = sample(rough, x, sigmas, method=method, guidance=2.0)
     assert result.dtype == torch.float32
+    alone = sample(lambda x, sigma: cond(x, sigma).half(), x, sigmas, method=method)
+    assert alone.dtype == torch.float32 and not torch.equal(alone, alone.half().float())
     torch.testing.assert_close(result.double(), exact, rtol=0, atol=0.1)
     assert not torch.equal(result, result.bfloat16().float())  # the state keeps more than 16 bits
 
