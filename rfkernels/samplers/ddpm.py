@@ -25,8 +25,8 @@ def ddpm_path(
     r"""Returns alpha and sigma, `[train_timesteps]`, with :math:`\alpha_t^2 = \prod_{j\le t}(1 - \beta_j)`.
 
     float64. `linear` betas are uniform, `scaled_linear` ones squares of uniform numbers: Stable Diffusion's.
-    Rectified Diffusion trains and samples with `linear` (:math:`\alpha_T^2` = .00158 instead of .00466), its phased
-    models with `scaled_linear`: the two are easily mixed up.
+    Rectified Diffusion trains and samples with `linear` (:math:`\alpha_T^2` = .00158 instead of .00466), its
+    phased models with `scaled_linear`: the two are easily mixed up.
     """
     _require(betas in BETAS, f"betas must be one of {', '.join(BETAS)}, got {betas!r}")
     _whole("train_timesteps", train_timesteps)
