@@ -10,6 +10,7 @@ void bind_solver(py::module_& m) {
   m.def("combine_workspace", [](const TensorArg& x) { return combine_workspace(x.view); });
   def(m, "linear_combination", &linear_combination);
   def(m, "moments", &moments);
+  def(m, "stochastic_step", &stochastic_step);
   def(m, "taylor_step", &taylor_step);
 }
 

@@ -41,7 +41,7 @@ def test_grids_and_runs_are_what_the_page_says(names):
 
 def test_every_name_is_on_the_page():
     rows = re.findall(r"^\| (`[^|]*)\|", DOC, re.MULTILINE)
-    listed = {name for row in rows for name in re.findall(r"`([\w.-]+)", row)}
+    listed = {name for row in rows for name in re.findall(r"`([\w.-]+)`", row)}
     assert set(SCHEDULES) <= listed and set(MODEL_SCHEDULES) <= listed
     unknown = {n for n in listed if re.fullmatch(r"[a-z0-9]+[.-][a-z0-9.-]+", n)} - set(MODEL_SCHEDULES)
     assert not unknown

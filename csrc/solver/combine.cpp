@@ -91,6 +91,13 @@ void read_guidance(const char* op, CombineArgs<A>& args, const GuideKind* kind, 
     args.guidance.sample = guidance->stride[lead + 1];
 }
 
+void check_workspace(const char* op, const TensorView& x, const Optional& workspace) {
+  const int64_t bytes = combine_workspace(x);
+  check(workspace && workspace->device == x.device && workspace->is_contiguous() &&
+            workspace->numel() * size_of(workspace->dtype) >= bytes,
+        op, ": expected a workspace of ", bytes, " bytes, got ", workspace);
+}
+
 struct CombineCall {
   const TensorView& out;
   const Tensors &more_outs, &tensors;
@@ -126,10 +133,7 @@ template <typename A> CombineArgs<A> read_call(const char* op, const CombineCall
   if (c.step) args.step = c.step->ptr<int64_t>();
   read_guidance(op, args, c.kind, c.guidance, bool(c.step));
   if (per_sample(args.guidance.guide)) {
-    const int64_t bytes = combine_workspace(x);
-    check(c.workspace && c.workspace->device == x.device && c.workspace->is_contiguous() &&
-              c.workspace->numel() * size_of(c.workspace->dtype) >= bytes,
-          op, ": expected a workspace of ", bytes, " bytes, got ", c.workspace);
+    check_workspace(op, x, c.workspace);
     args.partials = c.workspace->ptr<double>();
   }
   return args;
@@ -187,6 +191,30 @@ void combine(Stream stream, const TensorView& out, const Tensors& more_outs, con
   out.dtype == DType::f64 ? run.operator()<double>() : run.operator()<float>();
 }
 
+void stochastic_step(Stream stream, const TensorView& out, const TensorView& sums, const Tensors& tensors,
+                     const TensorView& coefs, const TensorView& keys, const TensorView& workspace) {
+  const char* op = "stochastic_step";
+  const Optional none, given_keys = keys, given = workspace;
+  const CombineCall call{out, {}, tensors, coefs, none, none, given_keys, none, nullptr, none, given};
+  check_combine(op, call);
+  const int64_t batch = tensors[0].shape[0];
+  check(sums.dtype == DType::f64 && sums.has_shape({batch, moments_of(1)}) && sums.is_contiguous() &&
+            sums.device == out.device,
+        op, ": sums must be f64[", batch, ", ", moments_of(1), "], got ", sums);
+  check_workspace(op, out, given);
+  for (const TensorView& t : tensors)
+    check(t.data != out.data || out.numel() == 0, op, ": out must share no memory with the tensors");
+  if (out.numel() == 0) return;
+  const auto run = [&]<typename A>() {
+    CombineArgs<A> args = read_call<A>(op, call);
+    args.residuals = true, args.sums = sums.ptr<double>(), args.partials = workspace.ptr<double>();
+    if (out.device.type == DeviceType::cpu) return stochastic_step_cpu(args);
+    if constexpr (kWithCuda) return stochastic_step_cuda(stream, out.device.index, args);
+    fail_without_cuda(op);
+  };
+  out.dtype == DType::f64 ? run.operator()<double>() : run.operator()<float>();
+}
+
 void moments(Stream stream, const TensorView& out, const Tensors& tensors, const TensorView& coefs,
              const TensorView& workspace) {
   const char* op = "moments";
@@ -200,8 +228,7 @@ void moments(Stream stream, const TensorView& out, const Tensors& tensors, const
   check(out.dtype == DType::f64 && out.has_shape({x.shape[0], count + count * (count + 1) / 2}) &&
             out.is_contiguous() && out.device == x.device,
         op, ": out must be f64[", x.shape[0], ", ", count + count * (count + 1) / 2, "], got ", out);
-  check(workspace.numel() * size_of(workspace.dtype) >= combine_workspace(x) && workspace.device == x.device,
-        op, ": expected a workspace of ", combine_workspace(x), " bytes, got ", workspace);
+  check_workspace(op, x, workspace);
   check_apart(op, out, workspace);
   if (x.numel() == 0) return;
   const auto run = [&]<typename A>() {
@@ -210,7 +237,7 @@ void moments(Stream stream, const TensorView& out, const Tensors& tensors, const
     RowArg rows[] = {{"coefs[j, k]", table.rows()}};
     args.plan = plan_rows(op, x, rows);
     args.coefs = table.read<A>(rows[0]);
-    args.outputs = int(count), args.out[0] = out.data, args.partials = workspace.ptr<double>();
+    args.outputs = int(count), args.sums = out.ptr<double>(), args.partials = workspace.ptr<double>();
     if (x.device.type == DeviceType::cpu) return moments_cpu(args);
     if constexpr (kWithCuda) return moments_cuda(stream, x.device.index, args);
     fail_without_cuda(op);

@@ -30,19 +30,18 @@ __device__ void combine_pack(const CombineArgs<A>& args, const Weights<A>& w, co
   for (int k = 0; k < kMaxInputs; ++k)
     if (k < args.inputs) load_any<N>(columns[k], args.in[k], element);
   if constexpr (kMasked) load_any<N>(mask, args.mask, element);
-  float z[kDrawsPerBlock] = {};
-  if (args.noise >= 0) draw(key_of(args, sample, now), uint64_t(at / kDrawsPerBlock), z);
+  A z[N] = {};
+  if (args.noise >= 0) {
+    const DrawnPack<N> drawn(key_of(args, sample, now), at);
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = A(drawn.v[i]);
+  }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     A y[kMaxInputs], o[kMaxOutputs];
 #pragma unroll
     for (int k = 0; k < kMaxInputs; ++k) y[k] = k < args.inputs ? columns[k][i] : A(0);
-    float noise = z[i];
-    if constexpr (N < kDrawsPerBlock) {
-      const int lane = int(at % kDrawsPerBlock);
-      noise = lane == 0 ? z[0] : lane == 1 ? z[1] : lane == 2 ? z[2] : z[3];
-    }
-    combine_element<kMasked>(args, w, inside, mask[i], y, A(noise), o);
+    combine_element<kMasked>(args, w, inside, mask[i], y, z[i], o);
 #pragma unroll
     for (int j = 0; j < kMaxOutputs; ++j) result[j][i] = j < args.outputs ? o[j] : A(0);
   }

@@ -50,6 +50,32 @@ template <int N, typename A> __device__ void store_any(void* out, DType dtype, i
   }
 }
 
+// A result as the next reader sees it.
+template <typename A> __device__ A stored_as(A v, DType dtype) {
+  if constexpr (sizeof(A) == 4) {
+    if (dtype == DType::bf16) return rounded_to<bf16>(v);
+    if (dtype == DType::f16) return rounded_to<f16>(v);
+  }
+  return v;
+}
+
+// The noise of N neighbours from element `at` of a sample on, N a divisor of a Philox block.
+template <int N> struct DrawnPack {
+  float v[N];
+
+  __device__ DrawnPack(const NoiseKey& key, int64_t at) {
+    float z[kDrawsPerBlock];
+    draw(key, uint64_t(at / kDrawsPerBlock), z);
+    if constexpr (N == kDrawsPerBlock) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] = z[i];
+    } else {
+      const int lane = int(at % kDrawsPerBlock);
+      v[0] = lane == 0 ? z[0] : lane == 1 ? z[1] : lane == 2 ? z[2] : z[3];
+    }
+  }
+};
+
 // The sum over a warp, in every lane.
 template <typename A> __device__ A warp_sum(A v) {
 #pragma unroll
@@ -84,6 +110,24 @@ template <typename A> struct Sums {
   }
 };
 
+// The sums of a block's threads, to partials[sample, chunk].
+template <typename A>
+__device__ void write_sums(const CombineArgs<A>& args, const Sums<A>& sums, int count, int64_t sample,
+                           int64_t chunk) {
+  __shared__ double partial[kCombineWarps][kMaxMoments];
+  const int moments = moments_of(count), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  sums.each(count, [&](int m, A value) {
+    const double sum = warp_sum(double(value));
+    if (lane == 0) partial[warp][m] = sum;
+  });
+  __syncthreads();
+  if (int(threadIdx.x) < moments) {
+    double sum = 0;
+    for (int w = 0; w < kCombineWarps; ++w) sum += partial[w][threadIdx.x];
+    args.partials[(sample * args.chunks + chunk) * moments + threadIdx.x] = sum;
+  }
+}
+
 // A chunk of a sample by one block: its sums go to partials[sample, chunk].
 template <int N, typename A, typename Coefs>
 __device__ void sum_chunk(const CombineArgs<A>& args, const Coefs& coefs, int64_t sample, int64_t chunk) {
@@ -113,18 +157,7 @@ __device__ void sum_chunk(const CombineArgs<A>& args, const Coefs& coefs, int64_
       sums.add(o);
     }
   }
-  __shared__ double partial[kCombineWarps][kMaxMoments];
-  const int moments = moments_of(count), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  sums.each(count, [&](int m, A value) {
-    const double sum = warp_sum(double(value));
-    if (lane == 0) partial[warp][m] = sum;
-  });
-  __syncthreads();
-  if (int(threadIdx.x) < moments) {
-    double sum = 0;
-    for (int w = 0; w < kCombineWarps; ++w) sum += partial[w][threadIdx.x];
-    args.partials[(sample * args.chunks + chunk) * moments + threadIdx.x] = sum;
-  }
+  write_sums(args, sums, count, sample, chunk);
 }
 
 // Sum m of a sample, by one warp.
@@ -134,6 +167,13 @@ __device__ double sum_of_chunks(const CombineArgs<A>& args, int64_t sample, int 
   for (int64_t c = threadIdx.x % 32; c < args.chunks; c += 32)
     sum += args.partials[(sample * args.chunks + c) * moments + m];
   return warp_sum(sum);
+}
+
+// Block b adds up the chunks of sample b, a warp for every sum.
+template <typename A> __global__ void add_chunks_kernel(CombineArgs<A> args, int moments) {
+  const int m = threadIdx.x / 32;
+  const double sum = sum_of_chunks(args, blockIdx.x, moments, m);
+  if (threadIdx.x % 32 == 0) args.sums[int64_t(blockIdx.x) * moments + m] = sum;
 }
 
 // Whether four neighbours may be moved at once: samples and rows hold a multiple of four, and every tensor is

@@ -119,6 +119,8 @@ template <typename A> struct CombineArgs {
   const int64_t* step = nullptr;
   int64_t chunk, chunks;  // elements whose products are summed by one block, and how many chunks a sample has
   double* partials = nullptr;  // [samples, chunks, kProducts or moments]
+  bool residuals = false;      // also the moments of the result less the combination without noise
+  double* sums = nullptr;      // [samples, moments]
 };
 
 // Elements of a chunk: at most 128 chunks a sample, so that every block can sum them up.
@@ -286,11 +288,12 @@ template <typename A> RFK_HD NoiseKey key_of(const CombineArgs<A>& args, int64_t
   return key;
 }
 
-// The back ends, for A float and double, on calls that combine and moments have checked.
+// The back ends, for A float and double, on calls that have been checked.
 template <typename A> void combine_cpu(const CombineArgs<A>& args);
 template <typename A> void combine_cuda(Stream stream, int device, const CombineArgs<A>& args);
-// out[0]: double[samples, moments]; `outputs` combinations of the table `coefs`.
 template <typename A> void moments_cpu(const CombineArgs<A>& args);
 template <typename A> void moments_cuda(Stream stream, int device, const CombineArgs<A>& args);
+template <typename A> void stochastic_step_cpu(const CombineArgs<A>& args);
+template <typename A> void stochastic_step_cuda(Stream stream, int device, const CombineArgs<A>& args);
 
 }  // namespace rfk

@@ -121,6 +121,7 @@ RFK_HD void combine_row(Strip<A>& s, const CombineArgs<A>& args, int64_t row, in
   const int terms = args.inputs + (args.noise >= 0 ? 1 : 0);
   const A *y[kMaxTerms] = {}, *mask = s.column[0];
   for (int k = 0; k < terms; ++k) y[k] = s.column[k] + from;
+  if (args.residuals) sum_columns<false>(args.inputs, s.result[1] + from, y, w.c[0], w.c[0], mask, to - from);
   for (int j = 0; j < args.outputs; ++j) {
     A c[kMaxTerms], d[kMaxTerms];
     for (int k = 0; k < args.inputs; ++k) c[k] = w.c[j][k];
@@ -133,33 +134,6 @@ RFK_HD void combine_row(Strip<A>& s, const CombineArgs<A>& args, int64_t row, in
       sum_columns<false>(terms, s.result[j] + from, y, c, c, mask, to - from);
     }
   }
-}
-
-// Elements begin .. end of a sample.
-template <typename A>
-RFK_SIMD void combine_span(const CombineArgs<A>& args, int64_t sample, int64_t begin, int64_t end,
-                           int64_t now, GuideFactors<A> factors, Place place) {
-  Strip<A> s;
-  for (int64_t at = begin; at < end; at += kStrip) {
-    const int64_t count = std::min(kStrip, end - at), first = sample * args.size + at;
-    load_strip(s, args, 0, args.inputs, first, count);
-    if (args.noise >= 0) {
-      draw_strip(s.wide[args.inputs], key_of(args, sample, now), at, count);
-      s.column[args.inputs] = s.wide[args.inputs];
-    }
-    if (args.mask.data) {
-      const A* mask = widen_any(s.mask, args.mask, first, count);
-      if (mask != s.mask) std::memcpy(s.mask, mask, count * sizeof(A));
-    }
-    for (int64_t from = 0; from < count;) {
-      const int64_t row = (first + from) / args.plan.cols;
-      const int64_t to = std::min(count, (row + 1) * args.plan.cols - first);
-      combine_row(s, args, row, from, to, now, factors);
-      from = to;
-    }
-    store_strip(s, args, first, count, place);
-  }
-  if (place == Place::past_cache) stream_fence();
 }
 
 // lanes[m][i % kLanes] += o_0[i], ..., then the products in the order of an upper triangle.
@@ -179,6 +153,58 @@ RFK_HD void add_moments(double (&lanes)[kMaxMoments][kLanes], const A (&o)[kMaxO
     for (int l = 0; l < kLanes; ++l) add(at, l);
   }
   for (int l = 0; at + l < count; ++l) add(at, l);
+}
+
+RFK_HD void add_lanes(const double (&lanes)[kMaxMoments][kLanes], int moments, double* sums) {
+  for (int m = 0; m < moments; ++m) {
+    sums[m] = 0;
+    for (double lane : lanes[m]) sums[m] += lane;
+  }
+}
+
+// What is behind the stored values of a strip, as the next reader sees them: result[0] less result[1].
+template <typename A>
+RFK_HD void make_residuals(Strip<A>& s, const CombineArgs<A>& args, int64_t count) {
+  const bool brain = args.state == DType::bf16, half = args.state == DType::f16;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    A v = s.result[0][i];
+    if constexpr (sizeof(A) == 4) v = brain ? rounded_to<bf16>(v) : half ? rounded_to<f16>(v) : v;
+    s.result[0][i] = -s.result[1][i] + v;
+  }
+}
+
+// Elements begin .. end of a sample; with residuals their sum and that of their squares go to `sums`.
+template <typename A>
+RFK_SIMD void combine_span(const CombineArgs<A>& args, int64_t sample, int64_t begin, int64_t end,
+                           int64_t now, GuideFactors<A> factors, Place place, double* sums = nullptr) {
+  Strip<A> s;
+  alignas(64) double lanes[kMaxMoments][kLanes] = {};
+  for (int64_t at = begin; at < end; at += kStrip) {
+    const int64_t count = std::min(kStrip, end - at), first = sample * args.size + at;
+    load_strip(s, args, 0, args.inputs, first, count);
+    if (args.noise >= 0) {
+      draw_strip(s.wide[args.inputs], key_of(args, sample, now), at, count);
+      s.column[args.inputs] = s.wide[args.inputs];
+    }
+    if (args.mask.data) {
+      const A* mask = widen_any(s.mask, args.mask, first, count);
+      if (mask != s.mask) std::memcpy(s.mask, mask, count * sizeof(A));
+    }
+    for (int64_t from = 0; from < count;) {
+      const int64_t row = (first + from) / args.plan.cols;
+      const int64_t to = std::min(count, (row + 1) * args.plan.cols - first);
+      combine_row(s, args, row, from, to, now, factors);
+      from = to;
+    }
+    store_strip(s, args, first, count, place);
+    if (args.residuals) {
+      make_residuals(s, args, count);
+      add_moments<1>(lanes, s.result, count);
+    }
+  }
+  if (place == Place::past_cache) stream_fence();
+  if (args.residuals) add_lanes(lanes, 2, sums);
 }
 
 // The sums of combinations over elements begin .. end of a sample, and those of their products. `coefs`: of
@@ -210,10 +236,7 @@ RFK_HD void moments_span(const CombineArgs<A>& args, const Coefs& coefs, int64_t
     else
       add_moments<3>(lanes, s.result, count);
   }
-  for (int m = 0; m < moments_of(combinations); ++m) {
-    sums[m] = 0;
-    for (double lane : lanes[m]) sums[m] += lane;
-  }
+  add_lanes(lanes, moments_of(combinations), sums);
 }
 
 template <typename A>
@@ -312,12 +335,26 @@ template <typename A> void moments_cpu(const CombineArgs<A>& args) {
   });
   for (int64_t sample = 0; sample < args.samples; ++sample)
     add_chunks(args.partials + sample * args.chunks * moments, args.chunks, moments,
-               static_cast<double*>(args.out[0]) + sample * moments);
+               args.sums + sample * moments);
+}
+
+template <typename A> void stochastic_step_cpu(const CombineArgs<A>& args) {
+  const Place place = place_of(args);
+  const int64_t now = step_of(args);
+  each_chunk(args, [&](int64_t sample, int64_t chunk, int64_t begin, int64_t end) {
+    combine_span(args, sample, begin, end, now, {}, place,
+                 args.partials + (sample * args.chunks + chunk) * moments_of(1));
+  });
+  for (int64_t sample = 0; sample < args.samples; ++sample)
+    add_chunks(args.partials + sample * args.chunks * moments_of(1), args.chunks, moments_of(1),
+               args.sums + sample * moments_of(1));
 }
 
 template void combine_cpu<float>(const CombineArgs<float>&);
 template void combine_cpu<double>(const CombineArgs<double>&);
 template void moments_cpu<float>(const CombineArgs<float>&);
 template void moments_cpu<double>(const CombineArgs<double>&);
+template void stochastic_step_cpu<float>(const CombineArgs<float>&);
+template void stochastic_step_cpu<double>(const CombineArgs<double>&);
 
 }  // namespace rfk

@@ -8,13 +8,6 @@ __global__ void __launch_bounds__(kCombineThreads) moments_kernel(CombineArgs<A>
   sum_chunk<N>(args, TableCoefs<A>{}, blockIdx.y, blockIdx.x);
 }
 
-// Block b adds up the chunks of sample b, a warp for every sum.
-template <typename A> __global__ void add_chunks_kernel(CombineArgs<A> args, int moments) {
-  const int m = threadIdx.x / 32;
-  const double sum = sum_of_chunks(args, blockIdx.x, moments, m);
-  if (threadIdx.x % 32 == 0) static_cast<double*>(args.out[0])[int64_t(blockIdx.x) * moments + m] = sum;
-}
-
 }  // namespace
 
 template <typename A> void moments_cuda(Stream stream, int device, const CombineArgs<A>& args) {

@@ -43,7 +43,14 @@ void combine(Stream stream, const TensorView& out, const std::vector<TensorView>
 void moments(Stream stream, const TensorView& out, const std::vector<TensorView>& tensors,
              const TensorView& coefs, const TensorView& workspace);
 
-// The bytes of workspace that moments needs, and combine for guides with products over a sample.
+// out = sum_k c_k y_k + c_z z, and sums f64[batch, 2]: per sample those of out, as it is stored, less
+// sum_k c_k y_k, and of its squares: the bits of moments. coefs: [1, tensors + 1, *rows].
+void stochastic_step(Stream stream, const TensorView& out, const TensorView& sums,
+                     const std::vector<TensorView>& tensors, const TensorView& coefs, const TensorView& keys,
+                     const TensorView& workspace);
+
+// The bytes of workspace that moments and stochastic_step need, and combine for guides with products over a
+// sample.
 int64_t combine_workspace(const TensorView& x);
 
 // The CUDA half of each step, on tensors that the function above has checked.

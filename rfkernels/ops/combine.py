@@ -285,3 +285,35 @@ _moments = define(
     lambda grad, needs, coefs, *tensors: _through(moments_reference, [grad], needs[1:], [coefs], tensors),
     saves=lambda out, tensors, coefs: (coefs, *tensors),
 )
+
+
+def stochastic_step_reference(tensors: Sequence[Tensor], coefs: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition of `stochastic_step` in plain torch."""
+    (mean,) = combine_reference([t.to(coefs.dtype) for t in tensors], coefs[:, :-1], *[None] * 6)
+    z = philox_normal(mean.shape, keys, dtype=coefs.dtype)
+    out = (mean + expand_rows(coefs[0, -1], mean) * z).to(tensors[0].dtype)
+    residual = (out.to(coefs.dtype) - mean).double().reshape(len(out), -1)
+    return out, torch.stack([residual.sum(1), residual.square().sum(1)], 1)
+
+
+def _stochastic_step_empty(tensors, coefs, keys):
+    x = tensors[0]
+    return torch.empty_like(x), torch.empty((len(x), 2), dtype=torch.float64, device=x.device)
+
+
+def _stochastic_step_kernel(out, sums, tensors, coefs, keys):
+    if not out.numel():
+        sums.zero_()
+    workspace = workspace_of(max(_C.combine_workspace(out), 16), out.device)
+    _C.stochastic_step(out, sums, tensors, coefs, keys, workspace)
+
+
+# x' = sum_k c_k y_k + c_z z, coefs [1, tensors + 1, *rows], with the moments of x' - sum_k c_k y_k
+stochastic_step = define(
+    "stochastic_step",
+    "Tensor[] tensors, Tensor coefs, Tensor keys",
+    _stochastic_step_kernel,
+    _stochastic_step_empty,
+    stochastic_step_reference,
+    outputs=("out", "sums"),
+)

@@ -26,6 +26,8 @@ __all__ = [
     "linear",
     "linear_mu",
     "linear_quadratic",
+    "rectified_flow_times",
+    "rfpp",
     "schedule",
     "shift",
     "stretch_to_terminal",
@@ -185,6 +187,27 @@ def linear_quadratic(steps: int, *, threshold: float = 0.025, linear_steps: int 
         f"linear_steps must leave levels that fall: {lines} of {steps} with threshold {threshold} do not",
     )
     return levels
+
+
+def rfpp(steps: int, *, start: float = 1e-5) -> Tensor:
+    """1 - `start`, 1 - 1/N, ..., 0: the grid of 2-RF++'s code (Lee et al., 2024), which scales the noise too.
+
+    Its state at the first level is `(1 - start)` times the noise. Inversion starts at 0.001 there.
+    """
+    levels = linear(steps)
+    _require(0 <= start < 1 / steps, f"start must be at least 0 and less than 1/steps, got {start}")
+    levels[0] -= start
+    return levels
+
+
+def rectified_flow_times(sigmas: Tensor, *, start: float = 1e-3, scale: float = 999.0) -> Tensor:
+    r""":math:`s\,(\epsilon + (1 - \epsilon)(1 - \sigma))`: what RectifiedFlow's code tells the model.
+
+    Liu et al., 2022. It steps by 1/N but asks at these times, so that its Euler steps go a thousandth too
+    far. To have its numbers sample along `linear` and tell the model these times of the levels.
+    """
+    _require(0 <= start < 1, f"start must be at least 0 and less than 1, got {start}")
+    return scale * (start + (1 - start) * (1 - torch.as_tensor(sigmas, dtype=torch.float64)))
 
 
 def given(sigmas: Sequence[float] | Tensor) -> Tensor:

@@ -198,6 +198,11 @@ template <typename A> void rfk::combine_cpu(const CombineArgs<A>&) {
 template <typename A> void rfk::moments_cpu(const CombineArgs<A>&) {
   rfk::fail("the emulator has CUDA kernels alone");
 }
+template <typename A> void rfk::stochastic_step_cpu(const CombineArgs<A>&) {
+  rfk::fail("the emulator has CUDA kernels alone");
+}
+template void rfk::stochastic_step_cpu(const CombineArgs<float>&);
+template void rfk::stochastic_step_cpu(const CombineArgs<double>&);
 template void rfk::combine_cpu(const CombineArgs<float>&);
 template void rfk::combine_cpu(const CombineArgs<double>&);
 template void rfk::moments_cpu(const CombineArgs<float>&);
@@ -234,6 +239,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "qkv_norm_rope_backward", &qkv_norm_rope_backward_cuda);
   def(m, "renoise", &renoise_cuda);
   def(m, "stochastic_round", &stochastic_round_cuda);
+  def(m, "stochastic_step", &stochastic_step);
   def(m, "taylor_step", &taylor_step_cuda);
   def(m, "timestep_embedding", &timestep_embedding_cuda);
 

@@ -149,6 +149,19 @@ def test_linear_quadratic_bends_once_and_smoothly():
     assert schedule("linear_quadratic", 5, linear_steps=5).tolist() == schedule("linear", 5).tolist()
 
 
+def test_grid_of_2rfpp_starts_a_hair_below_one():
+    assert schedules.rfpp(4).tolist() == [1 - 1e-5, 0.75, 0.5, 0.25, 0]
+    assert schedules.rfpp(1, start=0.0).tolist() == [1, 0]
+
+
+def test_times_of_rectified_flows_code():
+    steps, start = 5, 1e-3
+    expected = [999 * (i / steps * (1 - start) + start) for i in range(steps)]
+    times = schedules.rectified_flow_times(schedule("linear", steps)[:-1])
+    assert times.tolist() == pytest.approx(expected, abs=1e-12)
+    assert schedules.rectified_flow_times(torch.tensor([0.0]), scale=1.0).item() == 1
+
+
 def test_given_levels_are_checked_and_end_at_zero():
     assert schedules.given([0.9, 0.4]).tolist() == [0.9, 0.4, 0]
     assert schedules.given(torch.tensor([1.0, 0.5, 0.0])).tolist() == [1, 0.5, 0]
@@ -194,6 +207,8 @@ def test_bfloat16_timesteps_run_together(steps, distinct):
         (lambda: schedule("linear_quadratic", 4, threshold=1.0), "threshold must be between 0 and 1, got 1"),
         (lambda: schedule("linear_quadratic", 4, linear_steps=5), "linear_steps must be at most steps 4"),
         (lambda: schedule("linear_quadratic", 8, threshold=0.5, linear_steps=1), "levels that fall: 1 of 8"),
+        (lambda: schedules.rfpp(4, start=0.25), "start must be at least 0 and less than 1/steps, got 0.25"),
+        (lambda: schedules.rectified_flow_times(torch.ones(1), start=1.0), "start must be at least 0 and"),
         (lambda: schedules.given([0.5, 0.5]), "sigmas must fall strictly"),
         (lambda: schedules.given([1.5, 0.5]), "sigmas must lie within 0 and 1"),
         (lambda: schedules.given([math.nan]), "sigmas must lie within 0 and 1"),
