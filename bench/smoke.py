@@ -114,6 +114,12 @@ def _combined(x: Tensor, u: Tensor, c: Tensor, a: Tensor, keys: Tensor) -> dict[
     rows = coefs[:, :4]
     sums, wide_sums = ops.moments(tensors, rows), ops.moments_reference(wide, rows.double())
     made["moments"] = sums / x[0].numel(), wide_sums / x[0].numel()
+    args = ([x, u], torch.stack([a, -a, a / 2])[None], keys)
+    drawn, sums = ops.stochastic_step(*args)
+    expected, _ = ops.stochastic_step_reference([t.double() for t in args[0]], args[1].double(), keys)
+    made["stochastic_step"] = drawn, expected
+    again = ops.moments([x, u, drawn], torch.stack([-a, a, torch.ones_like(a)])[None])
+    made["stochastic_step sums"] = sums, again
     return made
 
 

@@ -160,7 +160,8 @@ template <typename A> void combine_cuda(Stream stream, int device, const Combine
     else
       launch_combine<N, false>(cudaStream_t(stream), args);
   };
-  takes_vectors(args, args.outputs) ? run.template operator()<4>() : run.template operator()<1>();
+  takes_vectors(args, args.outputs) ? run.template operator()<kCombinePack<A>>()
+                                    : run.template operator()<1>();
 }
 
 template void combine_cuda<float>(Stream, int, const CombineArgs<float>&);

@@ -8,13 +8,14 @@
 namespace rfk {
 
 inline constexpr int kCombineThreads = 256, kCombineWarps = kCombineThreads / 32;
+template <typename A> inline constexpr int kCombinePack = 16 / sizeof(A);  // neighbours of a thread
 
-// N neighbours of any dtype as A; vectors of 4 lie at multiples of their size.
+// N neighbours of any dtype as A; packs lie at multiples of their size.
 template <int N, typename A> __device__ void load_any(A (&to)[N], AnyFloats from, int64_t at) {
-  struct alignas(N == 4 ? 8 : 2) Half {
+  struct alignas(2 * N) Half {
     uint16_t bits[N];
   };
-  struct alignas(N == 4 ? 16 : sizeof(A)) Wide {
+  struct alignas(N * sizeof(A)) Wide {
     A v[N];
   };
   if (from.dtype == DType::bf16 || from.dtype == DType::f16) {
@@ -30,10 +31,10 @@ template <int N, typename A> __device__ void load_any(A (&to)[N], AnyFloats from
 }
 
 template <int N, typename A> __device__ void store_any(void* out, DType dtype, int64_t at, const A (&v)[N]) {
-  struct alignas(N == 4 ? 8 : 2) Half {
+  struct alignas(2 * N) Half {
     uint16_t bits[N];
   };
-  struct alignas(N == 4 ? 16 : sizeof(A)) Wide {
+  struct alignas(N * sizeof(A)) Wide {
     A v[N];
   };
   if (dtype == DType::bf16 || dtype == DType::f16) {
@@ -71,7 +72,11 @@ template <int N> struct DrawnPack {
       for (int i = 0; i < N; ++i) v[i] = z[i];
     } else {
       const int lane = int(at % kDrawsPerBlock);
-      v[0] = lane == 0 ? z[0] : lane == 1 ? z[1] : lane == 2 ? z[2] : z[3];
+#pragma unroll
+      for (int first = 0; first < kDrawsPerBlock; first += N)
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          if (first == 0 || lane == first) v[i] = z[first + i];
     }
   }
 };

@@ -15,7 +15,7 @@ template <typename A> void moments_cuda(Stream stream, int device, const Combine
   check(args.samples <= 65535, "moments: expected at most 65535 samples, got ", args.samples);
   const dim3 grid(unsigned(args.chunks), unsigned(args.samples));
   const int moments = moments_of(args.outputs);
-  const auto kernel = takes_vectors(args, 0) ? &moments_kernel<4, A> : &moments_kernel<1, A>;
+  const auto kernel = takes_vectors(args, 0) ? &moments_kernel<kCombinePack<A>, A> : &moments_kernel<1, A>;
   launch("moments", kernel, grid, dim3(kCombineThreads), 0, cudaStream_t(stream), args);
   launch("moments", &add_chunks_kernel<A>, dim3(unsigned(args.samples)), dim3(32 * moments), 0,
          cudaStream_t(stream), args, moments);

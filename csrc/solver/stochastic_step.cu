@@ -41,7 +41,8 @@ template <typename A> void stochastic_step_cuda(Stream stream, int device, const
   const DeviceGuard guard(device);
   check(args.samples <= 65535, "stochastic_step: expected at most 65535 samples on CUDA, got ", args.samples);
   const dim3 grid(unsigned(args.chunks), unsigned(args.samples)), block(kCombineThreads);
-  const auto kernel = takes_vectors(args, 1) ? &stochastic_step_kernel<4, A> : &stochastic_step_kernel<1, A>;
+  const auto kernel =
+      takes_vectors(args, 1) ? &stochastic_step_kernel<kCombinePack<A>, A> : &stochastic_step_kernel<1, A>;
   launch("stochastic_step", kernel, grid, block, 0, cudaStream_t(stream), args);
   launch("stochastic_step", &add_chunks_kernel<A>, dim3(unsigned(args.samples)), dim3(32 * moments_of(1)), 0,
          cudaStream_t(stream), args, moments_of(1));

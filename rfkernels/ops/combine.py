@@ -21,7 +21,15 @@ from rfkernels.ops._register import define, expand_rows
 from rfkernels.ops._workspace import workspace_of
 from rfkernels.ops.noise import philox_normal
 
-__all__ = ["GUIDES", "combine", "combine_reference", "moments", "moments_reference"]
+__all__ = [
+    "GUIDES",
+    "combine",
+    "combine_reference",
+    "moments",
+    "moments_reference",
+    "stochastic_step",
+    "stochastic_step_reference",
+]
 
 # How many tensors after the first a guide combines, and its parameters.
 GUIDES: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -287,7 +295,24 @@ _moments = define(
 )
 
 
-def stochastic_step_reference(tensors: Sequence[Tensor], coefs: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def stochastic_step(tensors: Sequence[Tensor], coefs: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Returns :math:`x' = \sum_k c_k y_k + c_z z` and, per sample, two sums float64 `[batch, 2]`.
+
+    Those of :math:`r = x' - \sum_k c_k y_k` and of its square with x' as it is stored, to the bit what
+    `moments` gives of `[*tensors, x']` with coefficients `[-c, 1]`: all that a log-probability needs, without
+    reading anything again. No gradient; see `sde_step` and `sde_log_prob`.
+
+    Args:
+        tensors: one to seven, as in `combine`.
+        coefs: `[1, len(tensors) + 1, *rows]`, the last for the noise.
+        keys: `int64[batch, 3]`, see `noise_keys`.
+    """
+    return _stochastic_step(list(tensors), coefs, keys)
+
+
+def stochastic_step_reference(
+    tensors: Sequence[Tensor], coefs: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor]:
     """The definition of `stochastic_step` in plain torch."""
     (mean,) = combine_reference([t.to(coefs.dtype) for t in tensors], coefs[:, :-1], *[None] * 6)
     z = philox_normal(mean.shape, keys, dtype=coefs.dtype)
@@ -308,8 +333,7 @@ def _stochastic_step_kernel(out, sums, tensors, coefs, keys):
     _C.stochastic_step(out, sums, tensors, coefs, keys, workspace)
 
 
-# x' = sum_k c_k y_k + c_z z, coefs [1, tensors + 1, *rows], with the moments of x' - sum_k c_k y_k
-stochastic_step = define(
+_stochastic_step = define(
     "stochastic_step",
     "Tensor[] tensors, Tensor coefs, Tensor keys",
     _stochastic_step_kernel,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rfkernels.ops._register import accumulator, expand_rows, sum_to_rows
-from rfkernels.ops.combine import combine, moments
+from rfkernels.ops.combine import combine, moments, stochastic_step
 
 __all__ = [
     "StepCoefs",
@@ -155,9 +155,9 @@ def sde_step(
 ) -> tuple[Tensor, Tensor]:
     r"""Returns :math:`x' = \sum_k c_k y_k + s\,z` with fresh noise, and its log-probability `[batch]`.
 
-    Two launches: `combine`, which never stores the noise, and the sums of `sde_log_prob`, whose result on the
-    same :math:`x'` has the same bits. Neither result has a gradient: a policy is trained through
-    `sde_log_prob`.
+    One launch, which never stores the noise and leaves the sums of the log-probability behind (two launches
+    where `std` differs within a sample): `sde_log_prob` on the same :math:`x'` has the same bits. Neither
+    result has a gradient: a policy is trained through `sde_log_prob`.
 
     Args:
         tensors: one to seven, `[batch, ...]`; the first gives the dtype of :math:`x'`.
@@ -171,9 +171,14 @@ def sde_step(
     if step is not None:
         coefs, std = (t.index_select(0, step.reshape(1))[0] for t in (coefs, std))
         keys = torch.cat([keys[:, :2], keys[:, 2:] + step], 1)
+    _check_reduce(reduce)
     with torch.no_grad():
-        rows = stack_rows([*coefs, std], tensors[0])
-        (x_next,) = combine(list(tensors), rows[None], keys=keys)
+        tensors = [t.contiguous() for t in tensors]
+        rows = stack_rows([*coefs, std], tensors[0])[None]
+        if _of_samples(rows[0, -1]):
+            x_next, sums = stochastic_step(tensors, rows, keys)
+            return x_next, _log_prob(sums[:, 1], rows[0, -1], sample_size(x_next), reduce)
+        (x_next,) = combine(tensors, rows, keys=keys)
         return x_next, sde_log_prob(x_next, tensors, coefs, std, reduce=reduce)
 
 
@@ -202,26 +207,42 @@ def sde_log_prob(
     Raises:
         ValueError: `reduce` is neither, or there is not one coefficient for each tensor.
     """
-    if reduce not in ("mean", "sum"):
-        raise ValueError(f'sde_log_prob: reduce must be "mean" or "sum", got {reduce!r}')
+    _check_reduce(reduce)
     if len(coefs) != len(tensors):
         raise ValueError(f"sde_log_prob: expected {len(tensors)} coefficients, got {len(coefs)}")
     x, size = tensors[0], sample_size(x_next)
     (std,) = stack_rows([std], x)
-    sign = torch.where(std == 0, 0, 1).to(std.dtype)
-    safe = torch.where(std == 0, 1, std)
-    log_std = (safe.double().abs().log() + 0.5 * math.log(2 * math.pi)) * sign
-    if (
-        std.ndim < 2 or std.shape[1:].numel() == 1
-    ):  # one for each sample: the mean is made as the step made it
-        safe, sign, log_std = (t.reshape(-1) for t in (safe, sign, log_std))
+    if _of_samples(std):
         rows = stack_rows([*(-c for c in coefs), std.new_ones(())], x)
-        total = sum_of_squares([*tensors, x_next], rows[None])[:, 0] * sign
-        log_prob = -total / (2 * safe.double() ** 2) - size * log_std
-    else:
-        rows = stack_rows([*(-c for c in coefs), std.new_ones(()), sign / safe], x)
-        total = sum_of_squares([*tensors, x_next], (rows[:-1] * rows[-1:])[None])[:, 0]
-        log_prob = -0.5 * total - log_std.flatten(1).mean(1) * size
+        return _log_prob(sum_of_squares([*tensors, x_next], rows[None])[:, 0], std, size, reduce)
+    inverse, log_std = _inverse_and_log(std)
+    rows = stack_rows([*(-c for c in coefs), std.new_ones(()), inverse], x)
+    total = sum_of_squares([*tensors, x_next], (rows[:-1] * rows[-1:])[None])[:, 0]
+    log_prob = -0.5 * total - log_std.flatten(1).mean(1) * size
+    return log_prob / size if reduce == "mean" else log_prob
+
+
+def _check_reduce(reduce: str) -> None:
+    if reduce not in ("mean", "sum"):
+        raise ValueError(f'sde_log_prob: reduce must be "mean" or "sum", got {reduce!r}')
+
+
+def _of_samples(std: Tensor) -> bool:
+    return std.ndim < 2 or std.shape[1:].numel() == 1
+
+
+def _inverse_and_log(std: Tensor) -> tuple[Tensor, Tensor]:
+    """1 / s in its dtype, and ln s + 1/2 ln 2 pi in float64; both 0 where s is."""
+    moves = std != 0
+    safe = torch.where(moves, std, 1)
+    log_std = safe.double().abs().log() + 0.5 * math.log(2 * math.pi)
+    return torch.where(moves, 1 / safe, 0), torch.where(moves, log_std, 0)
+
+
+def _log_prob(total: Tensor, std: Tensor, size: int, reduce: Reduce) -> Tensor:
+    """Of samples whose squared residuals sum up to `total`, `std` a number or one for each."""
+    inverse, log_std = _inverse_and_log(std.reshape(-1).double())
+    log_prob = -0.5 * total * inverse.square() - size * log_std
     return log_prob / size if reduce == "mean" else log_prob
 
 

@@ -39,7 +39,7 @@ def test_kernels_agree_as_the_devices_must(emulated, name):
 
 def test_every_region_is_called():
     others = {"affine_step", "cfg_step", "linear_combination", "taylor_step", "philox_normal", "renoise"}
-    others |= {"combine", "moments"}  # in tests/ops/test_combine.py
+    others |= {"combine", "moments", "stochastic_step"}  # in tests/ops/test_combine.py
     others.add("attention_merge")  # to the bit, in tests/ops/test_attention_merge.py
     others.add("stochastic_round")  # to the bit, in bench/same_bits.py and test_emulated.py
     others.add("linear")  # compared with its definition, in bench/smoke_linear.py and test_linear.py

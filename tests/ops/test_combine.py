@@ -275,6 +275,9 @@ def test_combine_obeys_torch(guide):
         t.requires_grad_()
     args = (call.tensors, call.coefs, None, None, None, None, guide, call.guidance)
     torch.library.opcheck(ops.OPS["combine"].functional, args)
+    coefs = call.coefs[:1, [0, 1, 2, 0]].detach()
+    plain = [t.detach() for t in call.tensors], coefs, ops.noise_keys(0, 2)
+    torch.library.opcheck(ops.OPS["stochastic_step"].functional, plain)
     torch.library.opcheck(ops.OPS["moments"].functional, (call.tensors, call.coefs[:, :3].detach()))
 
 
@@ -325,6 +328,45 @@ def test_moments_have_gradients():
     for t in (*call.tensors, call.coefs):
         t.requires_grad_()
     assert torch.autograd.gradcheck(lambda c, *t: ops.moments(t, c), (call.coefs, *call.tensors))
+
+
+@every_kernel
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2, 7), (3, 5, 64), (2, 20_011), (2, 4, 4096)], ids=str)
+def test_stochastic_step_leaves_the_moments_of_what_it_stored(shape, dtypes, device):
+    call = Call(shape, dtypes, tensors=2, noisy=True)
+    (expected,) = call.run(device)
+    rows = torch.cat([-call.coefs[:, :2], torch.ones_like(call.coefs[:, :1])], 1)
+    if device == "emulated":
+        x = call.tensors[0]
+        out, sums = torch.full_like(x, torch.nan), torch.full((len(x), 2), torch.nan, dtype=F64)
+        workspace = torch.empty(max(16, _C.combine_workspace(x)), dtype=torch.uint8)
+        load_emulator().stochastic_step(out, sums, call.tensors, call.coefs, call.keys, workspace)
+    else:
+        args = [t.to(device) for t in call.tensors], call.coefs.to(device), call.keys.to(device)
+        out, sums = (t.cpu() for t in ops.stochastic_step(*args))
+    assert torch.equal(out, expected)
+    assert torch.equal(sums, _moments(device, [*call.tensors, out], rows))
+    _, reference = ops.stochastic_step_reference(
+        [t.double() for t in call.tensors], call.coefs.double(), call.keys
+    )
+    if dtypes[0] in (F64, F32):
+        torch.testing.assert_close(
+            sums, reference, rtol=1e-4, atol=1e-4 * torch.Size(shape[1:]).numel() ** 0.5
+        )
+
+
+def test_stochastic_step_refuses_what_does_not_fit():
+    x, keys = torch.zeros(2, 6), ops.noise_keys(0, 2)
+    for tensors, coefs, message in (
+        ([x], torch.zeros(1, 3), "1 outputs and 2 columns"),
+        ([x] * 9, torch.zeros(1, 10), "1..8 tensors"),
+        ([x, torch.zeros(2, 5)], torch.zeros(1, 3), "shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.stochastic_step(tensors, coefs, keys)
+    with pytest.raises(ValueError, match="keys must be"):
+        ops.stochastic_step([x], torch.zeros(1, 2), keys[:1])
 
 
 def _refusals():

@@ -55,7 +55,7 @@ def test_a_step_is_one_launch_and_nothing_of_the_host(method, guide):
             state = step(state, velocities)
         launches = [name for name in calls.names if name not in FREE]
         assert len(launches) <= 2 and set(launches) <= {"rfkernels::combine_out"}, launches
-        # a fourth result (a guided velocity and a momentum to keep, of a method that keeps two) is a launch more
+        # a fourth result (a guided velocity and a momentum, where a method keeps two) is a launch more
         assert len(launches) == 1 or guide == "apg"
     assert state.x.isfinite().all()
 
