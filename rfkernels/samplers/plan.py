@@ -191,8 +191,6 @@ def advance(state: State, velocity: Velocity, buffers: "Buffers | None") -> Stat
     state.stage  # noqa: B018 (raises at the end)
     stage = state.runtime.stages[state.index]
     tensors = _checked(velocity, state.x, stage.velocities, state.runtime.guide_velocities)
-    if buffers is not None:
-        tensors = [buffers.protect(v) for v in tensors]
     values = {**state.memory, **dict(zip(stage.names, tensors, strict=True))}
     generators = state.generators
     if generators is not None and stage.noisy:
@@ -224,11 +222,8 @@ class Buffers:
     def __init__(self) -> None:
         self._owned: dict[int, Tensor] = {}  # by address
 
-    def protect(self, velocity: Tensor) -> Tensor:
-        """A velocity that lives in one of the buffers (`lambda x, sigma: x`) would be overwritten."""
-        return velocity.clone() if velocity.untyped_storage().data_ptr() in self._owned else velocity
-
     def take(self, count: int, x: Tensor, busy: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors to write, none of `busy`: a kept velocity that is a buffer (`lambda x, s: x`) is there."""
         taken = {t.untyped_storage().data_ptr() for t in busy}
         free = [t for address, t in self._owned.items() if address not in taken][:count]
         fresh = [torch.empty_like(x) for _ in range(count - len(free))]

@@ -170,6 +170,18 @@ def test_frames_that_rest_stay_and_the_others_do_not_notice(method):
             torch.testing.assert_close(result[:, :, f : f + 1], alone, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("method", ["ab2", "ab3", "ab4", "taylor"])
+def test_weights_of_velocities_sum_to_the_step_where_a_level_rests_between_moves(method):
+    levels = torch.tensor([1.0, 0.8, 0.8, 0.5, 0.2, 0.0], dtype=F64)[:, None] * torch.tensor(
+        [1.0, 0.5], dtype=F64
+    )
+    levels[2, 1] = 0.35  # the second does not rest
+    plan = plan_for(method, levels)
+    for stage, h in zip(plan.stages, levels.diff(dim=0), strict=True):
+        weights = [torch.as_tensor(w) for name, w in stage.writes["x"].items() if name != "x"]
+        torch.testing.assert_close(sum(weights), h)
+
+
 def test_rows_that_all_agree_are_the_plain_grid():
     x = torch.randn(2, 3, 4, dtype=F64)
     for method in FIXED:
