@@ -163,8 +163,7 @@ RFK_HD void add_lanes(const double (&lanes)[kMaxMoments][kLanes], int moments, d
 }
 
 // What is behind the stored values of a strip, as the next reader sees them: result[0] less result[1].
-template <typename A>
-RFK_HD void make_residuals(Strip<A>& s, const CombineArgs<A>& args, int64_t count) {
+template <typename A> RFK_HD void make_residuals(Strip<A>& s, const CombineArgs<A>& args, int64_t count) {
   const bool brain = args.state == DType::bf16, half = args.state == DType::f16;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
