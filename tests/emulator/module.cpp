@@ -167,6 +167,15 @@ void bind_traffic(py::module_& m) {
       "What the last call that returned has read and written, of each of its tensors in their order.");
 }
 
+void bind_solver(py::module_& m) {
+  def(m, "affine_step", &affine_step_cuda);
+  def(m, "combine", &combine);
+  def(m, "linear_combination", &linear_combination_cuda);
+  def(m, "moments", &moments);
+  def(m, "stochastic_step", &stochastic_step);
+  def(m, "taylor_step", &taylor_step_cuda);
+}
+
 void bind_device(py::module_& m) {
   m.def("set_seed", &emulator::set_seed, "The order in which blocks and warps run from now on.");
   m.def(
@@ -211,18 +220,17 @@ template void rfk::moments_cpu(const CombineArgs<double>&);
 PYBIND11_MODULE(rfkernels_emulated, m) {
   bind_traffic(m);
   bind_device(m);
+  bind_solver(m);
   m.def("linear_tile", &linear_tile, "The tile that linear takes: wide, middle or narrow.");
 
   def(m, "activation", &activation_cuda);
   def(m, "activation_backward", &activation_backward_cuda);
   def(m, "activation_quantize", &::activation_quantize);
   def(m, "ada_norm_backward", &ada_norm_backward);
-  def(m, "affine_step", &affine_step_cuda);
   def(m, "attention", &attention);
   m.def("attention_workspace", &::attention_workspace);
   def(m, "attention_merge", &attention_merge_cuda);
   def(m, "cfg_step", &cfg_step_cuda);
-  def(m, "combine", &combine);
   def(m, "gated_activation", &gated_activation_cuda);
   def(m, "gated_activation_backward", &gated_activation_backward_cuda);
   def(m, "gated_activation_quantize", &::gated_activation_quantize);
@@ -230,8 +238,6 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "gated_residual_norm_modulate", &gated_residual_norm_modulate);
   def(m, "gated_residual_norm_modulate_quantize", &gated_residual_norm_modulate_quantize);
   def(m, "linear", &::linear);
-  def(m, "linear_combination", &linear_combination_cuda);
-  def(m, "moments", &moments);
   def(m, "norm_modulate", &norm_modulate);
   def(m, "norm_modulate_quantize", &norm_modulate_quantize);
   def(m, "philox_normal", &philox_normal_cuda);
@@ -239,8 +245,6 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "qkv_norm_rope_backward", &qkv_norm_rope_backward_cuda);
   def(m, "renoise", &renoise_cuda);
   def(m, "stochastic_round", &stochastic_round_cuda);
-  def(m, "stochastic_step", &stochastic_step);
-  def(m, "taylor_step", &taylor_step_cuda);
   def(m, "timestep_embedding", &timestep_embedding_cuda);
 
   py::module_ test = m.def_submodule("test", "Kernels that test the emulator.");

@@ -1,4 +1,4 @@
-"""`rfkernels.ops.combine` and `moments`: every guide, mask, noise and step against their definition."""
+"""`rfkernels.ops.combine`: every guide, mask, noise and step against their definition."""
 
 import itertools
 
@@ -7,77 +7,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rfkernels import _C, ops
-from tests.emulator.build import load as load_emulator
-from tests.ops.cases import BF16, F16, F32, F64, KERNELS, ROWS, VIDEO
+from rfkernels import ops
+from tests.ops.cases import BF16, F32, F64, KERNELS, ROWS, VIDEO
+from tests.ops.combine_calls import DTYPES, SHAPES, Call
 
 GUIDES = [None, *ops.GUIDES]
-# state, and the tensors after it
-DTYPES = [(F64, F64), (F32, F32), (F32, BF16), (F32, F16), (BF16, F32), (F16, F16)]
-TOLERANCE = {F64: 1e-12, F32: 4e-5, F16: 4e-3, BF16: 3e-2}  # guides divide by norms of few elements
-SHAPES = [(1,), (2, 0), (2, 7), (3, 5, 64), (2, 4, 9, 11), (2, 20_011), (1, 3, 4096)]
 every_kernel = pytest.mark.parametrize("device", KERNELS)
 every_guide = pytest.mark.parametrize("guide", GUIDES, ids=str)
-
-
-def wide(t):
-    return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-
-
-class Call:
-    """Random arguments of one call."""
-
-    def __init__(self, shape, dtypes=(F32, F32), tensors=4, outputs=1, rows=None, seed=0, **parts):
-        self.generator = torch.Generator().manual_seed(seed)
-        state, other = dtypes
-        accumulator = F64 if state == F64 else F32
-        self.tensors = [self.draw(shape, other if k else state) for k in range(tensors)]
-        guide, noisy, self.step = parts.get("guide"), parts.get("noisy"), None
-        rows = shape[:1] if rows is None else rows
-        lead = (3, outputs) if parts.get("stepped") else (outputs,)
-        columns = tensors + (guide is not None) + bool(noisy)
-        self.coefs = self.draw((*lead, columns, *rows), accumulator)
-        self.inside = self.draw((*lead, columns, *rows), accumulator) if parts.get("masked") else None
-        self.mask = self.draw(shape, other) if parts.get("masked") else None
-        self.keys = ops.noise_keys(2**40 + 5, shape[0], step=3) if noisy else None
-        self.guide, self.guidance = guide, None
-        if guide:
-            of = (len(ops.GUIDES[guide][1]), *([shape[0]] if parts.get("per_sample", True) else []))
-            self.guidance = 0.3 + 3 * self.draw((*lead[:-1], *of), accumulator).abs()
-        if parts.get("stepped"):
-            self.step = torch.tensor(1)
-
-    def draw(self, shape, dtype):
-        return torch.randn(shape, generator=self.generator, dtype=F64).to(dtype)
-
-    @property
-    def keywords(self):
-        names = ("guide", "guidance", "mask", "inside", "keys", "step")
-        return {name: getattr(self, name) for name in names}
-
-    def run(self, device="cpu", out=None):
-        if device != "emulated":
-            moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.keywords.items()}
-            tensors = [t.to(device) for t in self.tensors]
-            return [t.cpu() for t in ops.combine(tensors, self.coefs.to(device), **moved, out=out)]
-        outputs = self.coefs.shape[0 if self.step is None else 1]
-        outs = [torch.full_like(self.tensors[0], torch.nan) for _ in range(outputs)] if out is None else out
-        x = self.tensors[0]
-        workspace = torch.empty(max(16, _C.combine_workspace(x)), dtype=torch.uint8)
-        rest = (self.mask, self.inside, self.keys, self.step, self.guide or "", self.guidance, workspace)
-        load_emulator().combine(outs[0], list(outs[1:]), self.tensors, self.coefs, *rest)
-        return outs
-
-    def reference(self):
-        keywords = {name: wide(value) for name, value in self.keywords.items()}
-        return ops.combine_reference([t.double() for t in self.tensors], wide(self.coefs), **keywords)
-
-    def check(self, device):
-        state = self.tensors[0].dtype
-        for got, expected in zip(self.run(device), self.reference(), strict=True):
-            assert got.dtype == state
-            tolerance = TOLERANCE[state]
-            torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=4 * tolerance)
 
 
 @every_kernel
@@ -293,82 +229,6 @@ def test_combine_compiles_without_graph_breaks():
         assert torch.equal(ours, expected)
 
 
-def _moments(device, tensors, coefs):
-    if device != "emulated":
-        return ops.moments([t.to(device) for t in tensors], coefs.to(device)).cpu()
-    count = len(coefs)
-    out = torch.full((len(tensors[0]), count + count * (count + 1) // 2), torch.nan, dtype=F64)
-    workspace = torch.empty(max(16, _C.combine_workspace(tensors[0])), dtype=torch.uint8)
-    load_emulator().moments(out, tensors, coefs, workspace)
-    return out
-
-
-@every_kernel
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "count, shape", [(1, (1,)), (3, (2, 7)), (2, (3, 5, 64)), (1, (2, 4, 9, 11)), (3, (2, 20_011))]
-)
-def test_moments_match_reference(count, shape, dtypes, device):
-    call = Call(shape, dtypes, tensors=4, outputs=count)
-    got = _moments(device, call.tensors, call.coefs)
-    expected = ops.moments_reference([t.double() for t in call.tensors], call.coefs.double())
-    size = torch.Size(shape[1:]).numel()
-    scale = ops.moments_reference([t.double().abs() for t in call.tensors], call.coefs.double().abs()) + size
-    tolerance = 1e-13 if dtypes[0] == F64 else 1e-6
-    assert ((got - expected).abs() <= tolerance * scale).all()
-    assert torch.equal(got, _moments(device, call.tensors, call.coefs))
-
-
-def test_moments_of_nothing_are_zero():
-    assert torch.equal(ops.moments([torch.zeros(3, 0)], torch.ones(1, 1)), torch.zeros(3, 2, dtype=F64))
-
-
-def test_moments_have_gradients():
-    call = Call((2, 3, 4), (F64, F64), tensors=3, outputs=2)
-    for t in (*call.tensors, call.coefs):
-        t.requires_grad_()
-    assert torch.autograd.gradcheck(lambda c, *t: ops.moments(t, c), (call.coefs, *call.tensors))
-
-
-@every_kernel
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1,), (2, 7), (3, 5, 64), (2, 20_011), (2, 4, 4096)], ids=str)
-def test_stochastic_step_leaves_the_moments_of_what_it_stored(shape, dtypes, device):
-    call = Call(shape, dtypes, tensors=2, noisy=True)
-    (expected,) = call.run(device)
-    rows = torch.cat([-call.coefs[:, :2], torch.ones_like(call.coefs[:, :1])], 1)
-    if device == "emulated":
-        x = call.tensors[0]
-        out, sums = torch.full_like(x, torch.nan), torch.full((len(x), 2), torch.nan, dtype=F64)
-        workspace = torch.empty(max(16, _C.combine_workspace(x)), dtype=torch.uint8)
-        load_emulator().stochastic_step(out, sums, call.tensors, call.coefs, call.keys, workspace)
-    else:
-        args = [t.to(device) for t in call.tensors], call.coefs.to(device), call.keys.to(device)
-        out, sums = (t.cpu() for t in ops.stochastic_step(*args))
-    assert torch.equal(out, expected)
-    assert torch.equal(sums, _moments(device, [*call.tensors, out], rows))
-    _, reference = ops.stochastic_step_reference(
-        [t.double() for t in call.tensors], call.coefs.double(), call.keys
-    )
-    if dtypes[0] in (F64, F32):
-        torch.testing.assert_close(
-            sums, reference, rtol=1e-4, atol=1e-4 * torch.Size(shape[1:]).numel() ** 0.5
-        )
-
-
-def test_stochastic_step_refuses_what_does_not_fit():
-    x, keys = torch.zeros(2, 6), ops.noise_keys(0, 2)
-    for tensors, coefs, message in (
-        ([x], torch.zeros(1, 3), "1 outputs and 2 columns"),
-        ([x] * 9, torch.zeros(1, 10), "1..8 tensors"),
-        ([x, torch.zeros(2, 5)], torch.zeros(1, 3), "shape"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ops.stochastic_step(tensors, coefs, keys)
-    with pytest.raises(ValueError, match="keys must be"):
-        ops.stochastic_step([x], torch.zeros(1, 2), keys[:1])
-
-
 def _refusals():
     x, c = torch.zeros(2, 6), torch.zeros(1, 2, 2)
     yield [], c, {}, "expected 1..8 tensors"
@@ -405,15 +265,3 @@ def _refusals():
 def test_combine_refuses_what_does_not_fit(tensors, coefs, keywords, message):
     with pytest.raises(ValueError, match=message):
         ops.combine(tensors, coefs, **keywords)
-
-
-def test_moments_refuses_what_does_not_fit():
-    x = torch.zeros(2, 6)
-    for tensors, coefs, message in (
-        ([x, x], torch.zeros(1, 3), "2 columns"),
-        ([x, x], torch.zeros(4, 2), "1..3"),
-        ([], torch.zeros(1, 1), "1..8"),
-        ([x, torch.zeros(2, 5)], torch.zeros(1, 2), "shape"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ops.moments(tensors, coefs)
