@@ -6,6 +6,7 @@ With u the unconditional (or negative) velocity and c the conditional one; formu
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ class Use:
     parameters: tuple[Scale, ...] = ()
 
 
-class Guide:
+class Guide(ABC):
     """What guides have in common.
 
     Attributes:
@@ -55,9 +56,9 @@ class Guide:
     by_step: bool = False
     by_level: bool = False
 
+    @abstractmethod
     def at(self, sigma: Row, step: int, steps: int) -> Use:
         """What happens at noise level sigma in step `step` of `steps`."""
-        raise TypeError(f"{type(self).__name__} does not say what it does at {sigma}, {step} of {steps}")
 
 
 @dataclass(frozen=True)
