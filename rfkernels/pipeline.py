@@ -189,7 +189,9 @@ class Pipeline:
         per_chunk = max(1, _CHUNK_PIXELS // self.model.config.size**2)
         chunks = [drawn[first : first + per_chunk] for first in range(0, len(drawn), per_chunk)]
         images: list[Image.Image] = []
-        evaluations = 0 if samplers.METHODS[method].adaptive else samplers.nfe(method, steps)
+        entry = samplers.METHODS[method]
+        options = entry.network_options
+        evaluations = 0 if entry.adaptive else samplers.plan_for(method, sigmas, **options).evaluations
         tick = _ticker(progress, len(chunks) * evaluations)
         for chunk in chunks:
             images += self._sample(chunk, settings, sigmas, tick, callback)
@@ -233,6 +235,7 @@ class Pipeline:
             guidance=guidance,
             callback=callback,
             seeds=[seed for _, seed in drawn],
+            options=samplers.METHODS[settings.method].network_options,
         )
         if not bool(torch.isfinite(x).all()):
             raise ResultError(

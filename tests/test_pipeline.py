@@ -132,7 +132,7 @@ def test_every_method_and_schedule_runs_and_counts(pipe, method, schedule):
     if samplers.METHODS[method].adaptive:
         assert calls == [(done, done) for done in range(1, len(calls) + 1)] and len(calls) > 8
     else:
-        total = samplers.nfe(method, 2)
+        total = samplers.nfe(method, 2) - {"heun": 1, "rk4": 3}.get(method, 0)  # none at level 0
         assert calls == [(done, total) for done in range(1, total + 1)]
 
 

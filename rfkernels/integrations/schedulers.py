@@ -7,7 +7,6 @@ Importing this module imports diffusers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -292,9 +291,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
     def _plan_along(self, levels: Tensor) -> Plan:
-        method, options = self.config.method, dict(self.config.method_options or {})
-        if "final" in signature(METHODS[method].build).parameters:
-            options.setdefault("final", "euler")
+        method = self.config.method
+        options = METHODS[method].network_options | dict(self.config.method_options or {})
         return plan_for(method, levels, **options)
 
     def _restart(self) -> None:

@@ -22,10 +22,10 @@ def runge_kutta(
     c, a, b = list(c), [list(row) for row in a], list(b)
 
     def build(grid: Grid, *, final: str = "exact") -> Iterator[Stage]:
-        """`final="euler"`: the last step to level 0 is Euler's, as in diffusers, without evaluation at 0."""
+        """`final="euler"`: a last step that would evaluate at level 0 is Euler's, as in diffusers."""
         _choice("final", final, ("exact", "euler"))
         for step in grid:
-            if final == "euler" and step.last and not np.any(step.end):
+            if final == "euler" and 1 in c and step.last and not np.any(step.end):
                 yield from _explicit(step, [0], [[]], [1])
             else:
                 yield from _explicit(step, c, a, b)

@@ -44,6 +44,12 @@ class Method:
     def adaptive(self) -> bool:
         return self.build is None
 
+    @property
+    def network_options(self) -> dict[str, Any]:
+        """Options that suit networks, which were never trained at level 0: no evaluation is there."""
+        takes = {} if self.build is None else inspect.signature(self.build).parameters
+        return {"final": "euler"} if "final" in takes else {}
+
 
 _MIDPOINT = runge_kutta((0, 1 / 2), ((), (1 / 2,)), (0, 1))
 

@@ -156,6 +156,7 @@ def init(
 
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"x must be [batch, ...] and floating, got {x.dtype} of shape {list(x.shape)}")
+    x, memory = x.contiguous(), {name: t.contiguous() for name, t in (memory or {}).items()}
     guide = as_guide(guide, len(x))
     if guide is not None:
         plan = _adapt(plan, guide)
@@ -168,8 +169,8 @@ def init(
         generators, keys = _generator_states(keys, len(x)), None
     elif plan.stochastic and (keys.shape != (len(x), 3) or keys.dtype != torch.int64):
         raise ValueError(f"keys must be int64[{len(x)}, 3], got {keys.dtype} {list(keys.shape)}")
-    runtime = lower(plan, x, guide, keys if plan.stochastic else None, memory or {}, preview)
-    return State(0, {"x": x, **(memory or {})}, plan, runtime, generators)
+    runtime = lower(plan, x, guide, keys if plan.stochastic else None, memory, preview)
+    return State(0, {"x": x, **memory}, plan, runtime, generators)
 
 
 def step(state: State, velocity: Velocity) -> State:
