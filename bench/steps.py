@@ -89,7 +89,7 @@ def _unipc_rows() -> tuple[tuple[float, ...], ...]:
 
 
 STEPS = {
-    "DPM-Solver++(2M)": Step(2, ((0.875, -0.225, -0.125), (1, -S, 0)), _dpmpp),
+    "DPM-Solver++(2M)": Step(2, ((1.125, -0.225, -0.125), (1, -S, 0)), _dpmpp),
     "UniPC-2, corrected and predicted": Step(4, _unipc_rows(), _unipc),
     "CFG-Zero* and Euler": Step(2, ((1, 0, 0, H),), _zero_star, "zero_star", (W,)),
     "APG and Euler": Step(2, ((1, 0, 0, H),), _apg, "apg", (W, 0.5, 15.0)),
