@@ -91,7 +91,7 @@ RFK_HD void combine_row(Strip<A>& s, const CombineArgs<A>& args, const Route& ro
   const Weights<A>&w = s.weights, &inside = s.inside;
   const int terms = args.inputs + (args.noise >= 0 ? 1 : 0);
   const A *y[kMaxTerms] = {}, *mask = s.column[0];
-  for (int k = 0; k < terms; ++k) y[k] = s.column[k] + from;
+  for (int k = 0; k < (route.mixed == DType::f32 ? terms : 1); ++k) y[k] = s.column[k] + from;
   if (args.residuals) sum_columns<false>(args.inputs, s.result[1] + from, y, w.c[0], w.c[0], mask, to - from);
   for (int j = 0; j < args.outputs; ++j) {
     A* out = route.in_place ? static_cast<A*>(args.out[0]) + first : s.result[j];
