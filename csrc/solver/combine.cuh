@@ -67,16 +67,12 @@ template <int N> struct DrawnPack {
   __device__ DrawnPack(const NoiseKey& key, int64_t at) {
     float z[kDrawsPerBlock];
     draw(key, uint64_t(at / kDrawsPerBlock), z);
-    if constexpr (N == kDrawsPerBlock) {
+    const int lane = int(at % kDrawsPerBlock);
 #pragma unroll
-      for (int i = 0; i < N; ++i) v[i] = z[i];
-    } else {
-      const int lane = int(at % kDrawsPerBlock);
+    for (int i = 0; i < N; ++i) {
+      v[i] = z[i];
 #pragma unroll
-      for (int first = 0; first < kDrawsPerBlock; first += N)
-#pragma unroll
-        for (int i = 0; i < N; ++i)
-          if (first == 0 || lane == first) v[i] = z[first + i];
+      for (int first = N; first < kDrawsPerBlock; first += N) v[i] = lane == first ? z[first + i] : v[i];
     }
   }
 };
