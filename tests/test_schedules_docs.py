@@ -2,12 +2,12 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rfkernels.samplers import MODEL_SCHEDULES, SCHEDULES, model_schedule, schedule, schedules
+from tests.pages import run_page
 
 pytest.importorskip("diffusers")
 PAGE = Path(__file__).parents[1] / "docs" / "schedules.md"
@@ -18,10 +18,7 @@ DOC = PAGE.read_text()
 def names():
     """What the page has made when it ends."""
     torch.manual_seed(0)
-    scope: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", DOC, re.DOTALL):
-        exec(code, scope)
-    return SimpleNamespace(**{key: value for key, value in scope.items() if not key.startswith("__")})
+    return run_page(DOC)
 
 
 def test_levels_are_what_the_page_says(names):

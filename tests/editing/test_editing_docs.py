@@ -2,12 +2,12 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rfkernels import editing
+from tests.pages import run_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "editing.md"
 DOC = PAGE.read_text()
@@ -17,10 +17,7 @@ DOC = PAGE.read_text()
 def names():
     """What the page has made when it ends."""
     torch.manual_seed(0)
-    scope: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", DOC, re.DOTALL):
-        exec(code, scope)
-    return SimpleNamespace(**{key: value for key, value in scope.items() if not key.startswith("__")})
+    return run_page(DOC)
 
 
 def blue(x):

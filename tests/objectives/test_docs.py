@@ -4,12 +4,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rfkernels import objectives, ops
+from tests.pages import run_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
 
@@ -22,10 +22,7 @@ def page():
 @pytest.fixture(scope="module")
 def names(page):
     """What the page has made when it ends."""
-    scope: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(code, scope)
-    return SimpleNamespace(**{key: value for key, value in scope.items() if not key.startswith("__")})
+    return run_page(page)
 
 
 def test_the_page_runs(names):
