@@ -180,7 +180,7 @@ def original_names(model: nn.Module) -> dict[str, tuple]:
     """The original name of every module of a model that has one, with its targets."""
     found: dict[str, tuple] = {}
     taken = set()
-    for alias, targets in Names(model).table.items():
+    for alias, targets in sorted(Names(model).table.items()):  # the table is made from a set
         paths = {t.path for t in targets}
         if (
             alias in paths

@@ -141,7 +141,7 @@ def test_dora_and_differences_beside_codes():
         load_lora(model, {"fc.set_weight": diff})
 
 
-@pytest.mark.parametrize(("format", "tolerance"), [("int8", 3e-2), ("w4a16", 1e-5)])
+@pytest.mark.parametrize(("format", "tolerance"), [("int8", 6e-2), ("w4a16", 1e-5)])
 def test_whole_model(format, tolerance):
     """quantize, then a file in the original names: FLUX with the dequantised weights and the same LoRA."""
     model, reference = model_of("flux", dtype=torch.float32), model_of("flux")
