@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.blocks import flux, sandwich, sd3, wan
+from rfkernels.models import flux, sandwich, sd3, wan
 
 __all__ = ["SIZES", "Size", "moved_bytes", "table"]
 
