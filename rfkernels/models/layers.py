@@ -41,7 +41,7 @@ class Codes(NamedTuple):
 
 
 def norm_modulate(x: Tensor, scale=None, shift=None, *, to: tuple[nn.Module, ...] = (), **options):
-    """`ops.norm_modulate`; as `Codes` where all layers `to` take the same ones and no gradient is recorded."""
+    """`ops.norm_modulate`; as `Codes` where all layers `to` take the same ones and no gradient is taken."""
     if coding := _coding(to, x):
         return Codes(*ops.norm_modulate_quantize(x, scale, shift, **options, **coding), x.dtype)
     return ops.norm_modulate(x, scale, shift, **options)
@@ -75,15 +75,9 @@ def finish(x: Tensor, tokens: Tensor, layer: nn.Module, gate: Tensor, **options)
 
 
 def project(x: Tensor | Codes, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """The outputs of several layers of one input.
-
-    Plain layers whose weights and biases are adjacent in memory (`rfkernels.models.fuse`) are one matmul, its
-    outputs views of one result.
-    """
+    """The outputs of several layers of one input."""
     if isinstance(x, Codes):
         return tuple(layer.run(x.codes, x_scale=x.scales, dtype=x.dtype) for layer in layers)
-    if len(layers) > 1 and (fused := fused_weight(layers)) is not None:
-        return F.linear(x, *fused).split([layer.out_features for layer in layers], -1)
     return tuple(layer(x) for layer in layers)
 
 
@@ -138,31 +132,6 @@ def bounded(x: Tensor) -> Tensor:
 def weight_of(norm: nn.Module | None) -> Tensor | None:
     """The weight of a norm that a model may not have."""
     return None if norm is None else norm.weight
-
-
-def fused_weight(layers: tuple[nn.Module, ...]) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of plain layers as one, where both are adjacent in memory; None where they are not."""
-    if torch.compiler.is_compiling() or any(type(layer) is not nn.Linear for layer in layers):
-        return None
-    weight = _stacked([layer.weight for layer in layers])
-    if weight is None or layers[0].bias is None:
-        return None if weight is None or any(layer.bias is not None for layer in layers) else (weight, None)
-    bias = _stacked([layer.bias for layer in layers])
-    return None if bias is None else (weight, bias)
-
-
-def _stacked(parts: list[Tensor | None]) -> Tensor | None:
-    """Contiguous tensors one behind the other, as one view."""
-    if any(p is None or not p.is_contiguous() for p in parts) or _recorded(*parts):
-        return None
-    first, end = parts[0], parts[0].data_ptr()
-    storage = first.untyped_storage().data_ptr()
-    for p in parts:
-        if p.data_ptr() != end or p.untyped_storage().data_ptr() != storage or p.dtype != first.dtype:
-            return None
-        end += p.nbytes
-    rows = sum(len(p) for p in parts)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _adjacent(first: Tensor, second: Tensor) -> bool:

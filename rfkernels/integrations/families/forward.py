@@ -32,6 +32,7 @@ class Forward:
         """Why a block cannot have this forward; None if it can."""
         for path, module in block.named_modules():
             processor = getattr(module, "processor", None)
+            processor = getattr(processor, "replaced", processor)  # one of ours stands for it
             if processor is not None and type(processor).__name__ not in self.processors:
                 return f"{path}.processor is {type(processor).__name__}, not {' or '.join(self.processors)}"
         return None
