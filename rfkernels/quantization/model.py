@@ -12,7 +12,7 @@ from rfkernels.quantization.report import Layer, Report, compare
 from rfkernels.quantization.rules import matches, rules_of
 from rfkernels.quantization.weight import FORMATS
 
-__all__ = ["quantize", "replace"]
+__all__ = ["choose", "quantize", "replace"]
 
 
 def quantize(
@@ -50,15 +50,9 @@ def quantize(
         ValueError: an unknown method, a layer that is quantised already, a weight with a NaN or an infinity
             (the layer is named); the model is as it was then.
     """
-    for format in (method, modulation):
-        if format is not None and format not in FORMATS:
-            raise ValueError(f"quantize: the method must be one of {', '.join(FORMATS)}, got {format!r}")
     _refuse_quantized(model, skip)
-    rules = rules_of(model)
-    high = (*skip, *(rules.keep if keep is None else keep))
-    sites = _sites(model)
+    sites = choose(model, method, skip, keep, modulation, min_size, options)
     for site in sites:
-        site.choose(high, rules.modulation, method, modulation, min_size, options)
         if site.format is not None:
             check_finite(site.weight, site.names[0])
     report = Report(method)
@@ -71,6 +65,31 @@ def quantize(
     return report
 
 
+def choose(
+    model: nn.Module,
+    method: str,
+    skip: Sequence[str],
+    keep: Sequence[str] | None,
+    modulation: str | None,
+    min_size: int,
+    options: dict[str, Any],
+) -> list["Site"]:
+    """The weights of all linear layers and the format of each, arguments as of `quantize`; no weight is read.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    for format in (method, modulation):
+        if format is not None and format not in FORMATS:
+            raise ValueError(f"quantize: the method must be one of {', '.join(FORMATS)}, got {format!r}")
+    rules = rules_of(model)
+    high = (*skip, *(rules.keep if keep is None else keep))
+    sites = _sites(model)
+    for site in sites:
+        site.choose(high, rules.modulation, method, modulation, min_size, options)
+    return sites
+
+
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts `module` in the place of the submodule `name`."""
     parent, _, leaf = name.rpartition(".")
@@ -78,7 +97,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 @dataclass
-class _Site:
+class Site:
     """A weight: its layers, by name, and what becomes of them."""
 
     weight: nn.Parameter
@@ -138,13 +157,13 @@ class _Site:
             yield Layer(name, self.format or "high", shape, before, after, *measures, reason)
 
 
-def _sites(model: nn.Module) -> list[_Site]:
+def _sites(model: nn.Module) -> list[Site]:
     """The weights of all linear layers, in the order of the model."""
-    sites: dict[int, _Site] = {}
+    sites: dict[int, Site] = {}
     owners = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            sites.setdefault(id(module.weight), _Site(module.weight, {})).places[name] = module
+            sites.setdefault(id(module.weight), Site(module.weight, {})).places[name] = module
         else:
             owners.update(
                 {id(p): f"{name}.{leaf}" for leaf, p in module._parameters.items() if p is not None}
