@@ -49,9 +49,10 @@ def _explained(name: str, model: nn.Module) -> dict[str, Any]:
     state = accelerated(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     back_end = _back_end(device)
-    if state is None:
-        fix = "rfkernels.accelerate(...)"
-        rows = [_row("all blocks", "diffusers", "not accelerated", fix)]
+    if type(model).__module__.startswith("rfkernels."):
+        rows = [_row("all blocks", back_end, "a model of rfkernels")]
+    elif state is None:
+        rows = [_row("all blocks", "diffusers", "not accelerated", "rfkernels.accelerate(...)")]
     else:
         rows = [row for group in _groups(state) for row in _block_rows(*group, back_end)]
         rows.append(_attention_row(state, back_end))

@@ -291,6 +291,11 @@ def test_report(model):
     assert "CUDA graphs need CUDA" in rows["graph"]["what"]
 
 
+def test_report_of_our_own_model():
+    rows = rfkernels.explain(models(CASE)[1])["models"][0]["rows"]
+    assert rows[0]["what"] == "a model of rfkernels" and "C++" in rows[0]["runs"]
+
+
 def test_refusals(model):
     attributes = own_attributes(model)
     with pytest.raises(TypeError, match="pipeline or transformer is required, got dict"):
