@@ -6,6 +6,7 @@ Blocks are functions of a module that holds the weights under the names of diffu
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from rfkernels import ops
 from rfkernels.models.layers import (
     attend,
+    beside,
     finish,
     gated_residual_norm_modulate,
     gelu_mlp,
@@ -69,7 +71,7 @@ def single_block(block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor) ->
         k_weight=attn.norm_k.weight,
         rotation=rotation,
     )
-    y = torch.cat([attend(attn, q, k, v), ops.gelu(hidden, "tanh")], -1)
+    y = beside(attend(attn, q, k, v), partial(ops.activation, kind="gelu_tanh"), hidden)
     return finish(x, y, block.proj_out, gate)
 
 

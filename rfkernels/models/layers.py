@@ -7,6 +7,7 @@ alike.
 `Codes` are tokens that were quantised once, where they were made, for all the layers that read them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from rfkernels.nn import QuantLinear
 __all__ = [
     "Codes",
     "attend",
+    "beside",
     "bounded",
     "embed_time",
     "finish",
@@ -107,6 +109,17 @@ def swiglu_mlp(x: Tensor | Codes, gate: nn.Module, up: nn.Module | None = None) 
     if up is None:
         return ops.swiglu(*project(x, gate))
     return ops.swiglu(*project(x, gate, up))
+
+
+def beside(first: Tensor, activate: Callable[..., Tensor], *hidden: Tensor) -> Tensor:
+    """`[first, activate(*hidden)]` along the channels; without a gradient written where it belongs."""
+    if _recorded(first, *hidden) or torch.compiler.is_compiling():
+        return torch.cat([first, activate(*hidden)], -1)
+    width = first.shape[-1]
+    both = first.new_empty(*first.shape[:-1], width + hidden[0].shape[-1])
+    both[..., :width] = first
+    activate(*hidden, out=both[..., width:])
+    return both
 
 
 def embed_time(embedder: nn.Module, t: Tensor, dtype: torch.dtype, **options) -> Tensor:
