@@ -25,7 +25,7 @@ from rfkernels.models import flux, sandwich, sd3, wan
 
 __all__ = ["SIZES", "Size", "moved_bytes", "table"]
 
-FREE = {"mm", "addmm", "bmm", "empty", "empty_like", "new_empty", "_unsafe_view"}
+FREE = {"attention", "mm", "addmm", "bmm", "empty", "empty_like", "new_empty", "_unsafe_view"}
 
 
 @dataclass(frozen=True)
