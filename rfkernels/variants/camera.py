@@ -50,7 +50,7 @@ def fold_projector(o: nn.Linear, projector: nn.Linear) -> nn.Linear:
         folded.weight.copy_(weight)
         if has_bias:
             folded.bias.copy_(bias)
-    return folded
+    return folded.requires_grad_(o.weight.requires_grad).train(o.training)
 
 
 class CameraControl:
@@ -58,7 +58,7 @@ class CameraControl:
 
     They are modules of the blocks, `blocks.i.cam_encoder` and `blocks.i.projector`, the released names: they
     move with the model, train with it and are in its `state_dict`. `detach` leaves the model as it was, to
-    the bit. Attach after adapters are loaded and layers are quantised.
+    the bit. A deep copy of the model calls the layers of the original.
 
     >>> control = CameraControl(model)
     >>> control.load(load_file("recammaster.safetensors"))
@@ -93,14 +93,15 @@ class CameraControl:
             raise ValueError("CameraControl: the blocks must have no cameras yet, got some with cam_encoder")
         self.clips = clips
         self.cameras: Tensor | None = None
-        self._outs = [block.attn1.to_out[0] for block in self.blocks]
+        self._unfolded: list[nn.Linear] = []  # last layers of attention, where they are folded
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._projections: list[torch.utils.hooks.RemovableHandle] = []
-        for block, out in zip(self.blocks, self._outs, strict=True):
-            self._add(block, parameters, {"device": out.weight.device, "dtype": dtype or out.weight.dtype})
+        for block in self.blocks:
+            self._add(block, parameters, dtype)
 
-    def _add(self, block: nn.Module, parameters: int, place: dict) -> None:
-        width = block.attn1.to_out[0].out_features
+    def _add(self, block: nn.Module, parameters: int, dtype: torch.dtype | None) -> None:
+        out = block.attn1.to_out[0]
+        width, place = out.out_features, {"device": out.weight.device, "dtype": dtype or out.weight.dtype}
         block.cam_encoder = nn.Linear(parameters, width, **place)
         block.projector = nn.Linear(width, width, **place)
         nn.init.zeros_(block.cam_encoder.weight)
@@ -134,8 +135,10 @@ class CameraControl:
         """Loads the cameras of a file, with any prefix, and returns the names of its other tensors.
 
         Raises:
-            ValueError: a tensor that is missing, or one of a block that there is not.
+            ValueError: a tensor that is missing, or one of a block that there is not; folded projectors.
         """
+        if self._unfolded:
+            raise ValueError("CameraControl: load before fold required, got projectors that are folded")
         found = {match[1]: state[name] for name in state if (match := _KEY.search(name))}
         mine = {
             f"blocks.{i}.{layer}.{name}": parameter
@@ -158,21 +161,26 @@ class CameraControl:
     def fold(self) -> None:
         """Multiplies every projector into `to_out[0]`: one product less per block, the same function.
 
-        A later change of the projectors has no effect.
+        The projectors stay, without effect: save the model before. A second call changes nothing.
         """
-        folded = [fold_projector(o, b.projector) for o, b in zip(self._outs, self.blocks, strict=True)]
+        if self._unfolded:
+            return
+        outs = [block.attn1.to_out[0] for block in self.blocks]
+        folded = [fold_projector(o, b.projector) for o, b in zip(outs, self.blocks, strict=True)]
         for block, out in zip(self.blocks, folded, strict=True):
             block.attn1.to_out[0] = out
+        self._unfolded = outs
         self._remove(self._projections)
 
     def detach(self) -> None:
         """Gives the model back as it was."""
         self._remove(self._handles)
         self._remove(self._projections)
-        for block, out in zip(self.blocks, self._outs, strict=True):
-            block.attn1.to_out[0] = out
+        for block, out in zip(self.blocks, self._unfolded, strict=False):  # none where nothing is folded
+            block.attn1.to_out[0] = out.to(block.attn1.to_out[0].weight)  # where the model is by now
+        for block in self.blocks:
             del block.cam_encoder, block.projector
-        self.blocks, self._outs = [], []
+        self.blocks, self._unfolded = [], []
 
     def _remove(self, handles: list) -> None:
         for handle in handles:

@@ -131,6 +131,9 @@ def test_nothing_is_left_behind(fold):
     control = controlled(model)
     if fold:
         control.fold()
+        control.fold()  # once
+        with pytest.raises(ValueError, match="load before fold required"):
+            control.load(released())
     assert not torch.allclose(run(model), base, atol=1e-3)
     control.detach()
     assert list(model.state_dict()) == list(state)
@@ -244,5 +247,8 @@ def test_layers_follow_the_model(dtype):
     assert model.blocks[0].projector.weight.dtype == dtype
     x = draw(1, 2 * FRAMES * GRID, WIDTH).to(dtype)
     assert model.blocks[0].attn1(x, None, None, rotation(model)).dtype == dtype
+    control.fold()
     model.to(F64)
     assert model.blocks[0].cam_encoder.weight.dtype == F64
+    control.detach()
+    assert model.blocks[0].attn1.to_out[0].weight.dtype == F64
