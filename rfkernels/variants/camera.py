@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rfkernels.ops import norm_modulate
+from rfkernels.variants._place import beside_layer
 
 __all__ = ["CameraControl", "fold_projector"]
 
@@ -70,10 +71,10 @@ class CameraControl:
             `to_out[0]` (diffusers' `WanTransformer3DModel`).
         parameters: numbers of a camera: 12, a 3 x 4 extrinsic matrix relative to the first.
         clips: how often the frames are repeated along the tokens: 2, target and source.
-        dtype: of the layers, by default that of `to_out[0]`.
+        dtype: of the layers, by default that of `to_out[0]`; required where its weight is codes.
 
     Raises:
-        ValueError: blocks of another kind, or with cameras already.
+        ValueError: blocks of another kind, or with cameras already; no dtype.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class CameraControl:
 
     def _add(self, block: nn.Module, parameters: int, dtype: torch.dtype | None) -> None:
         out = block.attn1.to_out[0]
-        width, place = out.out_features, {"device": out.weight.device, "dtype": dtype or out.weight.dtype}
+        width, place = out.out_features, beside_layer("CameraControl", out, dtype)
         block.cam_encoder = nn.Linear(parameters, width, **place)
         block.projector = nn.Linear(width, width, **place)
         nn.init.zeros_(block.cam_encoder.weight)

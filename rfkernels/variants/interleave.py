@@ -69,12 +69,11 @@ class Layer(nn.Module):
         self.mlp = MLP(width, mlp)
 
     def forward(self, x: Tensor, **options) -> Tensor:
-        x = self.attend(x, **options)
-        return x + self.mlp(x)
+        return self.mlp(self.attend(x, **options))
 
 
 class MLP(nn.Module):
-    """down(gelu(up(N(x))))."""
+    """x + down(gelu(up(N(x))))."""
 
     def __init__(self, width: int, ratio: int):
         super().__init__()
@@ -83,7 +82,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(ratio * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_linear(self.down, run_linear(self.up, _norm(self.norm, x), activation="gelu"))
+        hidden = run_linear(self.up, _norm(self.norm, x), activation="gelu")
+        return run_linear(self.down, hidden, residual=x)
 
 
 class FIT(nn.Module):
@@ -174,7 +174,7 @@ class FIT(nn.Module):
         if not self.before:
             return z
         previous = torch.zeros_like(z) if previous is None else previous.detach()
-        return z + _norm(self.before["norm"], previous + self.before["mlp"](previous))
+        return z + _norm(self.before["norm"], self.before["mlp"](previous))
 
     def _seen(self, z: Tensor) -> Tensor:
         group = torch.arange(self.groups, device=z.device).repeat_interleave(self.latents.shape[1])

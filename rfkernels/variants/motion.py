@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rfkernels.nn import run_linear
 from rfkernels.ops import attention
+from rfkernels.variants._place import beside_layer
 
 __all__ = ["MotionAdapter", "MotionLayer"]
 
@@ -65,13 +66,20 @@ class MotionAdapter(nn.Module):
             takes all tokens. Attach after adapters are loaded: one that replaces `to_out[0]` takes the place
             of the hook too.
         motion_width: of a motion token, by default the width of each attention.
+        dtype: of the layers, by default that of `to_out[0]`; required where its weight is codes.
 
     Attributes:
         scale: s, a number, or a tensor on the device that may change between runs of a CUDA graph; the number
             0 leaves the adapter out.
     """
 
-    def __init__(self, attentions: Iterable[nn.Module], motion_width: int | None = None):
+    def __init__(
+        self,
+        attentions: Iterable[nn.Module],
+        motion_width: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self._attentions = list(attentions)  # no modules of this one
         known = lambda a: hasattr(a, "heads") and isinstance(getattr(a, "to_out", None), nn.ModuleList)
@@ -81,9 +89,9 @@ class MotionAdapter(nn.Module):
         self.layers = nn.ModuleList()
         for attention_module in self._attentions:
             out = attention_module.to_out[0]
-            place = {"device": out.weight.device, "dtype": out.weight.dtype}
-            width = out.in_features
-            self.layers.append(MotionLayer(width, attention_module.heads, motion_width or width, **place))
+            width, place = out.in_features, beside_layer("MotionAdapter", out, dtype)
+            layer = MotionLayer(width, attention_module.heads, motion_width or width, **place)
+            self.layers.append(layer)
         self.scale: float | Tensor = 1.0
         self._keys: list[tuple[Tensor, Tensor]] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

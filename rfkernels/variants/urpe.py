@@ -63,14 +63,12 @@ class URPE(nn.Module):
         """The attention of q, k, v as in `ops.attention`; keys from `key_lengths` on are padding."""
         axis = 2 if layout == "bhld" else 1
         rows, keys = q.shape[axis], k.shape[axis]
-        distance = torch.arange(1 - rows, keys, device=q.device)
+        distance = torch.arange(-rows, keys, device=q.device)
         bucket = relative_buckets(distance, self.buckets, self.max_distance)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        factor = self.factor.to(wide)[:, bucket]
-        bias = None
-        if self.bias is not None:
-            j_minus_i = torch.arange(keys, device=q.device) - torch.arange(rows, device=q.device)[:, None]
-            bias = self.bias.to(wide)[:, bucket][:, j_minus_i + rows - 1][None]
+        factor, bias = self.factor.to(wide)[:, bucket[1:]], None
+        if self.bias is not None:  # row i is the run of `keys` distances from -i on
+            bias = self.bias.to(wide)[:, bucket].unfold(1, keys, 1)[:, 1:].flip(1)[None]
         return attention(q, k, v, bias=bias, factor=factor, key_lengths=key_lengths, layout=layout)
 
 

@@ -7,9 +7,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+from rfkernels.nn import QuantLinear
 from rfkernels.samplers import sample, schedule
 from rfkernels.variants.camera import CameraControl, fold_projector
 from rfkernels.variants.concat import beside
+from rfkernels.variants.motion import MotionAdapter
 from tests.variants.plain import F64, close, draw, randomise
 
 WIDTH, FRAMES, GRID = 32, 3, 2 * 5
@@ -252,3 +254,17 @@ def test_layers_follow_the_model(dtype):
     assert model.blocks[0].cam_encoder.weight.dtype == F64
     control.detach()
     assert model.blocks[0].attn1.to_out[0].weight.dtype == F64
+
+
+@torch.no_grad()
+def test_beside_quantised_layers_a_dtype_is_asked_for():
+    model = wan().float()
+    for block in model.blocks:
+        block.attn1.to_out[0] = QuantLinear.from_linear(block.attn1.to_out[0], "int8")
+    for add in (CameraControl, lambda m: MotionAdapter(b.attn1 for b in m.blocks)):
+        with pytest.raises(ValueError, match="dtype must be given beside weights that are codes"):
+            add(model)
+    attn, x = model.blocks[0].attn1, draw(1, 2 * FRAMES * GRID, WIDTH).float()
+    base = attn(x, None, None, rotation(model))
+    CameraControl(model, dtype=torch.float32)
+    assert torch.equal(attn(x, None, None, rotation(model)), base)

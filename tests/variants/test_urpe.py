@@ -36,7 +36,7 @@ def dense(m, q, k, v, lengths=None):
     """softmax(q k^T / sqrt(d) + B) * C of [batch, heads, tokens, d], entry by entry."""
     rows, keys = q.shape[2], k.shape[2]
     of = lambda distance: bucket(distance, m.buckets, m.max_distance)
-    index = torch.tensor([[of(j - i) for j in range(keys)] for i in range(rows)])
+    index = torch.tensor([of(j - i) for i in range(rows) for j in range(keys)]).long().view(rows, keys)
     scores = q @ k.transpose(-1, -2) / math.sqrt(D)
     if m.bias is not None:
         scores = scores + m.bias[:, index]
@@ -48,7 +48,7 @@ def dense(m, q, k, v, lengths=None):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows, keys", [(5, 5), (70, 70), (4, 9), (1, 6)])
+@pytest.mark.parametrize("rows, keys", [(5, 5), (70, 70), (4, 9), (1, 6), (0, 3), (3, 0)])
 def test_it_is_its_definition_with_its_gradients(rows, keys, bias):
     m = randomise(URPE(HEADS, bias=bias))
     q, k, v = (draw(2, HEADS, n, D, seed=i).requires_grad_() for i, n in enumerate((rows, keys, keys)))
