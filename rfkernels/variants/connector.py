@@ -111,7 +111,7 @@ class Connectors(nn.ModuleList):
         self._handles.clear()
 
     def _behind(self, block: int, out: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        if not self.controls:
+        if self.controls is None:
             return out
         if isinstance(out, Tensor):
             return self(block, out, self.controls)
