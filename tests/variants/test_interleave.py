@@ -46,24 +46,26 @@ def causal_layer(m, z):
     return torch.cat(rows, 1)
 
 
-def definition(m, x, condition=None, previous=None):
+def definition(m, layers, x, condition=None, previous=None):
     groups = list(x.chunk(GROUPS, 1))
     z = m.latents.flatten(0, 1).expand(BATCH, -1, -1)
     if m.before:
         previous = torch.zeros_like(z) if previous is None else previous
         z = z + layer_norm(previous + mlp(m.before["mlp"], previous), m.before["norm"])
-    for stage in m.stages:
-        for local in stage["local"]:
-            groups = [layer(local, g) for g in groups]
-        if "across" not in stage:
+    numbers = parse_layers(layers)
+    for i, ((local, across), stage) in enumerate(zip(numbers, m.stages, strict=True)):
+        for j in range(local):
+            groups = [layer(stage["local"][j], g) for g in groups]
+        if not across:
             continue
         latents = z.chunk(GROUPS, 1)
         z = torch.cat([attention(stage["read"], a, g) for a, g in zip(latents, groups, strict=True)], 1)
         if condition is not None:
             z = attention(stage["condition"], z, condition)
-        for across in stage["across"]:
-            z = causal_layer(across, z) if m.causal else layer(across, z)
-        if "write" in stage:
+        for j in range(across):
+            z = (causal_layer if m.causal else layer)(stage["across"][j], z)
+        assert ("write" in stage) == (i + 1 < len(numbers))
+        if i + 1 < len(numbers):
             pairs = zip(groups, z.chunk(GROUPS, 1), strict=True)
             groups = [attention(stage["write"], g, a) for g, a in pairs]
     return torch.cat(groups, 1), z
@@ -104,7 +106,7 @@ def test_other_strings_are_refused(text):
 )
 def test_it_is_its_definition_with_its_gradients(layers, options, inputs):
     m, x = fit(layers, **options), X.clone().requires_grad_()
-    ours, theirs = m(x, **inputs), definition(m, x, **inputs)
+    ours, theirs = m(x, **inputs), definition(m, layers, x, **inputs)
     weights = [draw(*t.shape, seed=7 + i) for i, t in enumerate(ours)]
     for a, b in zip(ours, theirs, strict=True):
         close(a, b, 1e-11)
