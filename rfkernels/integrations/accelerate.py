@@ -219,11 +219,14 @@ class BlockForward:
     def __init__(self, site: Site, run: Callable[..., Any], own: Callable[..., Any]):
         self.site, self.run, self.own = site, run, own
         self.__wrapped__ = own  # its signature
+        inner = [(path, m) for path, m in site.block.named_modules() if path and not _is_layer(m)]
+        self.inner = [(path, m, _processor(m)) for path, m in inner]  # modules that `run` does not call
 
     def __call__(self, *args, **kwargs):
         site = self.site
         try:
             _check_placed(site.block, args, kwargs)
+            self._check_inner()
             result = self.run(site.block, *args, **kwargs)
         except Unsupported as reason:
             if not torch.compiler.is_compiling():
@@ -234,6 +237,25 @@ class BlockForward:
             first = result[0] if isinstance(result, tuple) else result
             site.device = str(first.device)
         return result
+
+    def _check_inner(self) -> None:
+        """What somebody else put into the modules that are not called here would be passed over."""
+        for path, module, processor in self.inner:
+            if module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__:
+                raise Unsupported(f"{path} has a hook")
+            if _processor(module) is not processor:
+                raise Unsupported(f"{path}.processor is another since accelerate")
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """One that blocks call as it is: of a weight, or with adapters in it."""
+    return hasattr(module, "in_features")
+
+
+def _processor(module: nn.Module) -> Any:
+    """That of an attention; one of ours stands for what it replaced."""
+    processor = getattr(module, "processor", None)
+    return getattr(processor, "replaced", processor)
 
 
 def _check_placed(block: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -16,6 +16,7 @@ __all__ = ["ModelExplanation", "explain_model"]
 
 FIXES = (  # of reasons, by pattern
     (r"processor is ", "give the model its default processors (unload adapters of images), accelerate again"),
+    (r"has a hook", "put the hook on the block, or on its linear layers"),
     (r"offloaded layer by layer", "offload whole blocks or models instead, or accelerate(..., vram=...)"),
     (r"was given", "leave the argument out"),
     (r"one of .* precision|has the processor", "give the model processors of diffusers, accelerate again"),

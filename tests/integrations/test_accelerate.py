@@ -150,6 +150,33 @@ def test_hooks_of_accelerate(model):
     assert torch.equal(run(model), expected)
 
 
+@pytest.mark.parametrize("name", ["attn.to_q", "ff.net.0.proj", "ff.net.2", "attn", "ff_context", "norm2"])
+@pytest.mark.parametrize("quant", [None, {"method": "int8", "min_size": 0}])
+def test_hooks_inside_a_block(model, name, quant):
+    """On a layer they run; on a module that ours does not call, the block's own forward runs."""
+    rfkernels.accelerate(model, quant, attention="full")
+    plain = run(model)
+    seen = []
+    module = model.transformer_blocks[1].get_submodule(name)
+    module.register_forward_pre_hook(lambda module, args: seen.append(args))
+    result = run(model)
+    assert len(seen) == 1 and error(result, plain) < (4e-6 if quant is None else 5e-3)
+    site = accelerated(model).sites["transformer_blocks.1"]
+    assert (site.calls == 2) == hasattr(module, "in_features")
+    assert ("has a hook" in str(rfkernels.explain(model))) == (site.calls == 1)
+
+
+def test_processor_that_comes_later(model):
+    class Mine(type(model.transformer_blocks[0].attn.processor)):
+        pass
+
+    rfkernels.accelerate(model)
+    model.transformer_blocks[0].attn.set_processor(Mine())
+    run(model)
+    assert calls(model) == [0, 1, 1, 1, 1]
+    assert "processor is another since accelerate" in str(rfkernels.explain(model))
+
+
 def test_weights_that_hooks_bring_layer_by_layer(model, monkeypatch):
     """Blocks whose weights lie elsewhere when they begin run their own forward."""
     rfkernels.accelerate(model)
