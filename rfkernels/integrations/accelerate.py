@@ -20,9 +20,23 @@ from torch import Tensor, nn
 from rfkernels.adapters.load import load_lora, unload_lora
 from rfkernels.integrations.diffusers import stop_using_attention, use_attention
 from rfkernels.integrations.families.forward import Forward, Unsupported
+from rfkernels.integrations.graphs import GraphForward
+from rfkernels.memory.backends import Backend
+from rfkernels.memory.graph import Capture
+from rfkernels.memory.plan import OVERHEAD, read_bytes
+from rfkernels.memory.ring import Handle, stream_layers
 from rfkernels.quantization.model import quantize, replace
 
-__all__ = ["ATTENTIONS", "Accelerated", "accelerate", "accelerated", "restore", "transformers_of"]
+__all__ = [
+    "ATTENTIONS",
+    "Accelerated",
+    "accelerate",
+    "accelerated",
+    "forwards",
+    "innermost",
+    "restore",
+    "transformers_of",
+]
 
 ATTENTIONS = ("auto", "full", "int8", "fp8", "bf16")
 FAMILIES = ("flux",)
@@ -50,6 +64,7 @@ class Accelerated:
     quant: str | None = None
     layers: dict[str, nn.Module] = field(default_factory=dict)  # those that were quantised away
     adapter: str | None = None
+    streaming: Handle | None = None
 
 
 def accelerate(
@@ -57,8 +72,13 @@ def accelerate(
     quant: str | Mapping[str, Any] | None = None,
     attention: str = "auto",
     lora: Any = None,
+    graph: str | bool = "auto",
     *,
+    vram: int | str | None = None,
     reversible: bool = True,
+    tokens: int = 4608,
+    backend: Backend | None = None,
+    capture: Capture | None = None,
 ) -> Any:
     """Makes the transformers of a diffusers pipeline run on our kernels, and returns the same object.
 
@@ -74,13 +94,22 @@ def accelerate(
         attention: a precision of `rfkernels.ops.attention`; "auto" without `quant` is "full", with it int8
             for every head that bears it.
         lora: an adapter, as `rfkernels.load_lora` takes it, or several by name; it stands beside the weights.
+        graph: "auto" replays the model's forward as CUDA graphs where that is right
+            (`rfkernels.memory.GraphRunner`); False never does.
+        vram: what a transformer may take of the device, as "7.5G" or a number of bytes: blocks that do not
+            fit are streamed (`rfkernels.memory.stream_layers`), without graphs. Two transformers of a
+            pipeline (Wan 2.2) get half each.
         reversible: keep the layers that `quant` replaces, for `restore`; False frees them.
+        tokens: of a sample and its text, for the room that `vram` leaves to activations.
+        backend, capture: in the place of CUDA's streams and graphs, for tests.
 
     Raises:
         TypeError: an object without a transformer of diffusers.
-        ValueError: a transformer without any block that is known here; unknown methods; accelerated already.
-            The object is as it was then.
+        ValueError: a transformer without any block that is known here; unknown methods; too little vram;
+            accelerated already. The object is as it was then.
     """
+    if graph not in ("auto", True, False):
+        raise ValueError(f"accelerate: graph must be 'auto' or a bool, got {graph!r}")
     if attention not in ATTENTIONS:
         raise ValueError(f"accelerate: attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
     models = transformers_of(pipe_or_transformer)
@@ -97,6 +126,11 @@ def accelerate(
         for model in models.values():
             done.append(model)
             _accelerate(model, quant, attention, lora, reversible)
+            if vram is not None:
+                share = read_bytes(vram) // len(models)
+                accelerated(model).streaming = _stream(model, share, tokens, backend)
+            elif graph:
+                _put(model, GraphForward(innermost(model), capture))
     except Exception:
         for model in done:
             _restore(model)
@@ -151,7 +185,7 @@ def _accelerate(model: nn.Module, quant, attention: str, lora, reversible: bool)
         if forward is not None and type(block).__module__.startswith("diffusers."):
             site = state.sites[path] = Site(block, forward.refusal(block))
             if site.refusal is None:
-                _put(block, BlockForward(site, forward.run, _innermost(block)))
+                _put(block, BlockForward(site, forward.run, innermost(block)))
     if not state.sites:
         raise ValueError(
             f"accelerate: {type(model).__name__} has no known block; known are {', '.join(sorted(known))}"
@@ -191,6 +225,9 @@ def _restore(model: nn.Module) -> None:
     state = accelerated(model)
     if state is None:
         return
+    if state.streaming is not None:
+        state.streaming.restore()
+    _take(model)
     if state.adapter is not None:
         with suppress(ValueError):  # unloaded already
             unload_lora(model)
@@ -202,6 +239,22 @@ def _restore(model: nn.Module) -> None:
         module.__dict__.pop("precision", None)
     stop_using_attention(model)
     del model.__dict__[_STATE]
+
+
+def _stream(model: nn.Module, vram: int, tokens: int, backend: Backend | None) -> Handle:
+    """Blocks that do not fit beside the rest, a step's activations and CUDA itself come and go."""
+    sites = accelerated(model).sites
+    blocks = {id(t) for site in sites.values() for t in (*site.block.parameters(), *site.block.buffers())}
+    rest = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in blocks)
+    wide = max((m.in_features + m.out_features for m in model.modules() if _is_layer(m)), default=0)
+    width = min((m.in_features for s in sites.values() for m in s.block.modules() if _is_layer(m)), default=0)
+    fixed = rest + OVERHEAD + 2 * tokens * (2 * width + wide)
+    if vram <= fixed:
+        raise ValueError(
+            f"accelerate: vram must be more than {fixed:,} bytes, what is no block, {tokens} tokens and CUDA "
+            f"itself take, got {vram:,}"
+        )
+    return stream_layers(model, list(sites), resident_bytes=vram - fixed, backend=backend)
 
 
 def _attentions(state: Accelerated) -> Iterator[nn.Module]:
@@ -276,7 +329,7 @@ def _places(block: nn.Module) -> Iterator[tuple[Any, str]]:
     yield block, "forward"
 
 
-def _innermost(block: nn.Module) -> Callable[..., Any]:
+def innermost(block: nn.Module) -> Callable[..., Any]:
     owner, name = next(_places(block))
     return getattr(owner, name)
 
@@ -288,7 +341,7 @@ def _put(block: nn.Module, forward: Callable[..., Any]) -> None:
 
 def _take(block: nn.Module) -> None:
     for owner, name in _places(block):
-        if isinstance(forward := getattr(owner, name), BlockForward):
+        if isinstance(forward := getattr(owner, name), (BlockForward, GraphForward)):
             setattr(owner, name, forward.own)
     if getattr(block.__dict__.get("forward"), "__func__", None) is type(block).forward:
         del block.forward  # the class has it

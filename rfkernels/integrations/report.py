@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from rfkernels import diagnosis
-from rfkernels.integrations.accelerate import Accelerated, Site, accelerated, forwards, transformers_of
+from rfkernels.integrations.accelerate import (
+    Accelerated,
+    Site,
+    accelerated,
+    forwards,
+    innermost,
+    transformers_of,
+)
+from rfkernels.integrations.graphs import GraphForward
 from rfkernels.nn import LoRALinear, QuantLinear
 
 __all__ = ["ModelExplanation", "explain_model"]
@@ -57,7 +65,7 @@ def _explained(name: str, model: nn.Module) -> dict[str, Any]:
     else:
         rows = [row for group in _groups(state) for row in _block_rows(*group, back_end)]
         rows.append(_attention_row(state, back_end))
-    rows += [_layer_row(model), _adapter_row(model, state), _graph_row(state, device)]
+    rows += [_layer_row(model), _adapter_row(model, state), _graph_row(model, state, device)]
     return {
         "name": name,
         "model": type(model).__name__,
@@ -143,10 +151,17 @@ def _adapter_row(model: nn.Module, state: Accelerated | None) -> dict[str, str] 
     return None
 
 
-def _graph_row(state: Accelerated | None, device: torch.device) -> dict[str, str] | None:
+def _graph_row(model: nn.Module, state: Accelerated | None, device: torch.device) -> dict[str, str] | None:
     if state is None:
         return None
-    return _row("graph", "none", "runs eagerly: CUDA graphs need CUDA" if device.type == "cpu" else "")
+    if state.streaming is not None:
+        return _row("memory", "streamed", str(state.streaming), "more vram, or quant=")
+    forward = innermost(model)
+    if not isinstance(forward, GraphForward):
+        return _row("graph", "none", "graph=False")
+    if device.type == "cpu":
+        return _row("graph", "none", "runs eagerly: CUDA graphs need CUDA")
+    return _row("graph", "CUDA graphs", forward.report())
 
 
 def _table(model: dict[str, Any]) -> str:
