@@ -1,0 +1,1 @@
+"""Modes of a transformer that are the same graph with one change."""
