@@ -214,7 +214,6 @@ def test_training_moves_the_macs_to_their_target():
         for layer in (d.width.attn, d.width.mlp, d.tokens.net[2]):
             nn.init.constant_(layer.bias, 4.0)  # not 15 and 35: fewer steps
     routers = [p for d in blocks for r in (d.width, d.tokens) for p in r.parameters()]
-    optimiser = torch.optim.Adam(routers, lr=0.2)
     generator = torch.Generator().manual_seed(0)
     x, c, e = inputs()
 
@@ -228,10 +227,8 @@ def test_training_moves_the_macs_to_their_target():
     first = share(False)[1].item()
     assert first == pytest.approx(0.4**2, abs=0.02)
     for _ in range(40):
-        optimiser.zero_grad()
-        share(True)[1].backward()
-        assert all(p.grad is not None for p in routers)
-        optimiser.step()
+        for p, slope in zip(routers, torch.autograd.grad(share(True)[1], routers), strict=True):
+            p.data -= 0.2 * slope.sign()
     assert share(False)[1] < first / 4
 
 
