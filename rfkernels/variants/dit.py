@@ -58,11 +58,11 @@ class SelfAttention(nn.Module):
             heads: a mask `[heads]` or `[batch, heads]` that multiplies each head's output before `proj`.
             slices, strided: groups of tokens that see themselves alone, as of `nn.grouped.sliced_attention`.
             kv: keys and values from elsewhere, `[batch, keys, heads, head_dim]`; x makes queries alone.
-            keys: `bias`, `key_lengths` of `ops.attention`, without slices.
+            keys: of `ops.attention` (`bias`, `key_lengths`), or of `sliced_attention`.
         """
         q, k, v = self._project(x, 0, 3) if kv is None else (*self._project(x, 0, 1), *kv)
         if slices > 1:
-            y = sliced_attention(q, k, v, slices, strided=strided, layout="blhd")
+            y = sliced_attention(q, k, v, slices, strided=strided, layout="blhd", **keys)
         else:
             y = attention(q, k, v, layout="blhd", **keys)
         if heads is not None:

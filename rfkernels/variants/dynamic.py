@@ -51,6 +51,8 @@ class WidthRouter(nn.Module):
     """Logits of heads and of groups but the first of each, which is always kept: `[.., H - 1]` twice."""
 
     def __init__(self, width: int, heads: int, bias: float = 15.0):
+        if heads < 2:
+            raise ValueError(f"WidthRouter: 2 heads or more required, got {heads}")
         super().__init__()
         self.attn = _linear(width, heads - 1, bias)
         self.mlp = _linear(width, heads - 1, bias)

@@ -33,20 +33,21 @@ class Learngene(nn.Module):
                     nn.init.zeros_(p)
 
     def layer(self, index: int, depth: int) -> dict[str, Tensor]:
-        """The parameters of layer `index` of `depth`, and the base's buffers."""
+        """The parameters of layer `index` of `depth`."""
         if not 0 <= index < depth:
             raise ValueError(f"Learngene: layer must be in 0 .. depth - 1, got {index} of {depth}")
         slope = dict(self.slope.named_parameters())
         share = index / depth
-        made = {name: p + share * slope[name] for name, p in self.base.named_parameters()}
-        return made | dict(self.base.named_buffers())
+        return {name: p + share * slope[name] for name, p in self.base.named_parameters()}
 
     @torch.no_grad()
     def expand(self, depth: int) -> nn.ModuleList:
         """`depth` blocks of their own, for inference or as the start of a training."""
         blocks = nn.ModuleList(copy.deepcopy(self.base) for _ in range(depth))
         for i, block in enumerate(blocks):
-            block.load_state_dict(self.layer(i, depth))
+            layer = self.layer(i, depth)
+            for name, p in block.named_parameters():
+                p.copy_(layer[name])
         return blocks
 
     def forward(self, x: Tensor, *args: Tensor, depth: int) -> Tensor:

@@ -47,6 +47,8 @@ class Merge:
             tokens = self.kept.shape[1] + self.source.shape[1]
             raise ValueError(f"merge: x must be [batch, {tokens}, width], got {list(x.shape)}")
         size = x.new_ones(x.shape[:2]) if size is None else size
+        if size.shape != x.shape[:2]:
+            raise ValueError(f"merge: size must be {[*x.shape[:2]]}, got {[*size.shape]}")
         x = x * size[..., None]
         moved, kept = _rows(x, self.source), _rows(x, self.kept)
         if pyra is not None:
@@ -59,7 +61,7 @@ class Merge:
     def unmerge(self, y: Tensor) -> Tensor:
         """`[batch, tokens, width]` of y `[batch, tokens - r, width]`: a merged token is its destination."""
         if y.shape[:2] != self.kept.shape:
-            raise ValueError(f"unmerge: y must be {[*self.kept.shape]} tokens, got {list(y.shape)}")
+            raise ValueError(f"unmerge: y must be {[*self.kept.shape]} tokens, got {[*y.shape]}")
         out = y.new_empty(len(y), self.kept.shape[1] + self.source.shape[1], y.shape[2])
         wide = lambda index: index[..., None].expand(-1, -1, y.shape[2])
         out = out.scatter(1, wide(self.kept), y)
@@ -81,6 +83,10 @@ def match(keys: Tensor, r: int, protected: Sequence[int] = ()) -> Merge:
     No similarity matrix of all sources exists, and nothing waits for the device. Raises ValueError for an r
     that the unprotected tokens do not have.
     """
+    if keys.ndim not in (3, 4):
+        raise ValueError(
+            f"match: keys must be [batch, tokens, heads, d] or [batch, tokens, d], got {[*keys.shape]}"
+        )
     metric = F.normalize(keys.mean(2) if keys.ndim == 4 else keys, dim=-1)
     tokens, device = metric.shape[1], keys.device
     free = torch.ones(tokens, dtype=torch.bool)

@@ -100,6 +100,8 @@ class _Recursions(nn.Module):
 
     def __init__(self, blocks: Sequence[DiTBlock], share_kv: bool):
         super().__init__()
+        if not blocks:
+            raise ValueError(f"{type(self).__name__}: one block or more required, got none")
         self.blocks, self.share_kv = nn.ModuleList(blocks), share_kv
 
     def run(self, x: Tensor, c: Tensor, cache: list[list[Tensor]], **keys: Tensor) -> Tensor:

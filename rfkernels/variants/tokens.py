@@ -54,6 +54,8 @@ def select(keep: Tensor, room: int | None = None, scores: Tensor | None = None) 
     """
     if keep.dtype != torch.bool or keep.ndim != 2 or not keep.shape[1]:
         raise ValueError(f"select: keep must be bool[batch, tokens], got {keep.dtype} {list(keep.shape)}")
+    if scores is not None and scores.shape != keep.shape:
+        raise ValueError(f"select: scores must be {list(keep.shape)}, got {list(scores.shape)}")
     if room is None:
         room = max(1, int(keep.sum(1).max())) if len(keep) else 1
     if not 1 <= room <= keep.shape[1]:

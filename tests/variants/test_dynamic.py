@@ -6,6 +6,7 @@ from rfkernels.variants.dit import DiTBlock, SelfAttention, compacted
 from rfkernels.variants.dynamic import (
     DynamicBlock,
     WidthPlan,
+    WidthRouter,
     block_macs,
     gumbel_switch,
     macs_loss,
@@ -238,6 +239,7 @@ def test_training_moves_the_macs_to_their_target():
 @pytest.mark.parametrize(
     "call, message",
     [
+        (lambda: WidthRouter(8, 1), "2 heads or more required, got 1"),
         (lambda: SelfAttention(10, 4), "heads must divide the width, got 4, 10"),
         (lambda: block()(randn(1, 3, 16), randn(1, 16), heads=torch.ones(3)), r"mask \[4\] or \[batch, 4\]"),
         (lambda: compacted(block(), torch.ones(4), torch.ones(4).bool()), r"heads must be bool\[4\]"),

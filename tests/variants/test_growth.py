@@ -38,6 +38,14 @@ def test_a_stack_is_its_expansion_and_the_definition(depth):
     close(y, z)
 
 
+def test_buffers_of_a_block_stay_its_own():
+    norm = nn.BatchNorm1d(4).double().eval()
+    norm.register_buffer("extra", torch.ones(1), persistent=False)
+    x = randn(3, 4)
+    close(Learngene(norm)(x, depth=2), x / (1 + norm.eps))
+    assert len(Learngene(norm).expand(2)) == 2
+
+
 def test_expanded_blocks_own_their_weights():
     made = gene()
     layers = made.expand(2)

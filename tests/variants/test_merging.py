@@ -140,6 +140,8 @@ def test_nothing_looks_at_the_numbers():
 @pytest.mark.parametrize(
     "call, message",
     [
+        (lambda: match(randn(8, 4), 2), r"\[batch, tokens, d\], got \[8, 4\]"),
+        (lambda: match(randn(1, 8, 4), 2).merge(randn(1, 8, 4), randn(1, 6)), r"size must be \[1, 8\]"),
         (lambda: match(randn(1, 8, 2, 4), 5), r"r must be in 0 .. 4 for 8 tokens, got 5"),
         (lambda: match(randn(1, 8, 2, 4), 4, protected=[2]), r"r must be in 0 .. 3"),
         (lambda: match(randn(1, 2, 2, 4), 1, protected=[1]), r"r must be in 0 .. 0"),

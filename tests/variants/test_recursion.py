@@ -172,6 +172,7 @@ def test_losses():
         ),
         (lambda: ExpertChoice([block()], []), "one or more capacities"),
         (lambda: ExpertChoice([block()], [1.0]).double()(*inputs(), [1.0, 0.5]), "1 capacities in"),
+        (lambda: TokenChoice([], 2), "TokenChoice: one block or more required"),
         (lambda: TokenChoice([block()], 0), "depth must be 1 or more, got 0"),
         (lambda: layer_order("cycles", 3, 2), "required, got 'cycles', 3, 2"),
         (lambda: layer_order("middle-cycle", 2, 2), "more layers than those that run once"),
