@@ -58,7 +58,7 @@ def read(
         source: a safetensors or GGUF file, or tensors by name; common prefixes of all names are taken off.
         dtype: of the tokens of layers that have no bias to tell it.
     """
-    if isinstance(source, (str, Path)) and gguf.is_gguf(source):
+    if isinstance(source, (str, Path)) and Path(source).is_file() and gguf.is_gguf(source):
         yield from gguf.read(source, dtype)
         return
     checkpoint = open_checkpoint(source).without_prefix(*_PREFIXES)
