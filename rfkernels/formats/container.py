@@ -55,7 +55,8 @@ class Checkpoint(Mapping[str, Tensor]):
     def without_prefix(self, *prefixes: str) -> "Checkpoint":
         """The same tensors, a prefix that all names have taken off."""
         prefix = next((p for p in prefixes if self and all(n.startswith(p) for n in self)), "")
-        return Checkpoint(_Renamed(self, {n.removeprefix(prefix): n for n in self}), self.metadata, prefix)
+        names = {n.removeprefix(prefix): n for n in self}
+        return Checkpoint(_Renamed(self, names), self.metadata, self.prefix + prefix)
 
 
 class _View(Mapping[str, Tensor]):

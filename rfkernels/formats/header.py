@@ -9,13 +9,13 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["MAX_HEADER", "PICKLES", "Entry", "Header", "read_header"]
+__all__ = ["BITS", "MAX_HEADER", "PICKLES", "Entry", "Header", "read_header"]
 
 MAX_HEADER = 100_000_000  # bytes, of safetensors itself
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
-_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8}
-_BITS |= {"F8_E5M2FNUZ": 8, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
-_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
+BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8}
+BITS |= {"F8_E5M2FNUZ": 8, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
+BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
 _METADATA = "__metadata__"
 
 
@@ -96,13 +96,13 @@ def _entry(path: Path, name: str, found: object) -> Entry:
     if not isinstance(found, dict) or set(found) != keys:
         raise ValueError(f"{path}: {name!r} must have {sorted(keys)}, got {str(found)[:80]!r}")
     dtype, shape, places = found["dtype"], found["shape"], found["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{path}: {name!r} must have a dtype of {', '.join(_BITS)}, got {str(dtype)[:40]!r}")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{path}: {name!r} must have a dtype of {', '.join(BITS)}, got {str(dtype)[:40]!r}")
     if not (_counts(shape) and _counts(places) and len(places) == 2):
         got = str((shape, places))[:80]
         raise ValueError(f"{path}: {name!r} must have counts as shape and two data_offsets, got {got}")
     start, stop = places
-    bits = math.prod(shape) * _BITS[dtype]
+    bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (stop - start):
         need, got = f"{dtype} {shape} takes {bits / 8:g} bytes", f"data_offsets {places}"
         raise ValueError(f"{path}: {name!r}: {need}, got {got}, {stop - start} bytes")

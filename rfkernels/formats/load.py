@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rfkernels.formats import bnb, comfy, fp8, gguf, nunchaku, nvfp4
+from rfkernels.formats import bnb, comfy, fp8, gguf, native, nunchaku, nvfp4
 from rfkernels.formats.container import Checkpoint, open_checkpoint
 from rfkernels.formats.native import complete, set_tensor
 from rfkernels.nn import QuantLinear
@@ -15,7 +15,7 @@ from rfkernels.quantization.model import replace
 
 __all__ = ["Part", "Rename", "load", "original_names", "read", "reader_of"]
 
-_READERS = (comfy, nunchaku, nvfp4, bnb, fp8)  # fp8 has the weakest mark: the dtype of weights
+_READERS = (native, comfy, nunchaku, nvfp4, bnb, fp8)  # fp8 has the weakest mark: the dtype of weights
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "_orig_mod.", "model.")
 
 
