@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from rfkernels.cli.console import UserError
 
-__all__ = ["DTYPES", "dtype_of", "file_errors", "size_of"]
+__all__ = ["DTYPES", "dtype_of", "file_errors", "printable", "size_of"]
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -17,7 +17,12 @@ def file_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UserError(str(error)) from None
+        raise UserError(printable(error)) from None
+
+
+def printable(text: object) -> str:
+    """`text` without control characters: a file from elsewhere must not drive the terminal."""
+    return "".join(char if char.isprintable() else " " for char in str(text))
 
 
 def dtype_of(name: str | None):

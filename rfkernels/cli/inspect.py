@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from rfkernels.cli.console import print_json
-from rfkernels.cli.files import file_errors
+from rfkernels.cli.files import file_errors, printable
 
 __all__ = ["inspect"]
 
@@ -31,10 +31,8 @@ def inspect(
     if json:
         print_json({"file": str(file), **summary, **({"tensor_list": rows} if tensors else {})})
         return
-    for line in _lines(summary):
-        print(line)
-    for name, row in rows.items():
-        print(f"{name}  {row['dtype']}{row['shape']}")
+    for line in (*_lines(summary), *(f"{name}  {row['dtype']}{row['shape']}" for name, row in rows.items())):
+        print(printable(line))
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -58,6 +56,5 @@ def _amounts(group: dict[str, int]) -> str:
 
 
 def _short(value: Any) -> str:
-    """One line of a string of a file from elsewhere, without control characters."""
-    text = "".join(char if char.isprintable() else " " for char in str(value))
+    text = str(value)
     return text if len(text) <= 100 else f"{text[:100]}... ({len(text):,} characters)"

@@ -70,6 +70,14 @@ def test_inspect_of_other_files(run, tmp_path):
     assert ran.code == 0 and "model     unknown" in ran.out and "6 parameters" in ran.out
 
 
+def test_names_do_not_drive_the_terminal(run, file, tmp_path):
+    evil = {**open_checkpoint(file), "\x1b[31mred": torch.ones(1)}
+    write_safetensors(tmp_path / "evil.safetensors", evil.items(), {"\x1b[2J": "\x1b]0;title\a"})
+    assert "\x1b" not in run("inspect", "evil.safetensors", "--tensors").out
+    ran = run("convert", "evil.safetensors", "b")
+    assert one_line(ran, ["[31mred"]) and "\x1b" not in ran.err
+
+
 def test_convert(run, file, tmp_path):
     ran = run("convert", file, "a.safetensors", "--to", "original", "--prefix", "model.diffusion_model.")
     assert ran.code == 0 and ran.out == "" and ran.err == "wrote a.safetensors\n"
