@@ -65,7 +65,7 @@ def convert(
         progress: called with the name of each tensor that was written.
 
     Returns:
-        A report of every linear layer, as `rfkernels.quantize` makes it.
+        A report of every linear layer, as `rfkernels.quantize` makes it; an empty one without a method.
 
     Raises:
         ValueError: an unknown model; names that it does not have, parts of a tensor that are missing (named);
@@ -226,6 +226,16 @@ class _Names:
         return take(whole, 0, count_rows(whole), match.swap) if match.swap else whole
 
 
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    made = tensor.to(dtype)
+    if dtype == torch.float16 and not made.isfinite().all() and tensor.isfinite().all():
+        largest = tensor.abs().max().item()
+        raise ValueError(f"convert: {name} must fit float16, got numbers to {largest:g}")
+    return made
+
+
 class _Coder:
     """Items as the tensors that are written, and what was done to them."""
 
@@ -237,15 +247,16 @@ class _Coder:
 
     def encoded(self, name: str, item: Item) -> Iterator[tuple[str, Tensor]]:
         layer, _, leaf = name.rpartition(".")
+        dtype, linear = self._dtype, is_linear(name, item.ndim if isinstance(item, Tensor) else 2)
         if isinstance(item, QuantLinear):
-            if self._choice is None and self._dtype is None:
+            if self._choice is None and dtype is None and linear:
                 yield from self._leaves(layer, item)
                 return
-            item = item.dequantized().to(self._dtype or item.dtype)
-        tensor = self._cast(name, item)
+            dtype, item = dtype or item.dtype, item.dequantized()
+        tensor = _cast(name, item, dtype)
         if leaf == "bias":
             self._biases[layer] = tensor.nbytes
-        if self._choice is None or not is_linear(name, tensor.ndim):
+        if self._choice is None or not linear:
             yield name, tensor
             return
         format, reason = self._choice.format(self._names.diffusers(name), tensor)
@@ -262,30 +273,16 @@ class _Coder:
         settings = {prefix + layer: setting for layer, setting in self._settings.items()}
         if not settings:
             return {}
-        return (
-            comfy.header(settings)
-            if self._layout == "comfy"
-            else native.header(found.class_name, settings, {})
-        )
+        if self._layout == "comfy":
+            return comfy.header(settings)
+        return native.header(found.class_name, settings, {})
 
     def report(self, method: str) -> Report:
         def whole(name: str, entry: Layer) -> Layer:
-            bias = self._biases.get(name, 0)
-            return replace(
-                entry, bytes_before=entry.bytes_before + bias, bytes_after=entry.bytes_after + bias
-            )
+            before, after = (n + self._biases.get(name, 0) for n in (entry.bytes_before, entry.bytes_after))
+            return replace(entry, bytes_before=before, bytes_after=after)
 
         return Report(method, [whole(name, entry) for name, entry in self._entries.items()])
-
-    def _cast(self, name: str, tensor: Tensor) -> Tensor:
-        if self._dtype is None or not tensor.is_floating_point():
-            return tensor
-        made = tensor.to(self._dtype)
-        if self._dtype == torch.float16 and not made.isfinite().all() and tensor.isfinite().all():
-            raise ValueError(
-                f"convert: {name} must fit float16, got numbers to {tensor.abs().max().item():g}"
-            )
-        return made
 
     def _note(
         self, name: str, weight: Tensor, after: int, format: str = "high", *measures, reason=""

@@ -193,6 +193,19 @@ def test_layers_quantised_apart_need_a_dtype(tmp_path):
     assert all(t.dtype == torch.bfloat16 for t in open_checkpoint(tmp_path / "b").values())
 
 
+def test_tables_in_float8_are_no_layers(tmp_path):
+    """A cast of every matrix, as trainers write it: what is no linear layer comes as numbers."""
+    state = tiny("dit", torch.bfloat16).state_dict()
+    cast = {n: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for n, t in state.items()}
+    write_safetensors(tmp_path / "a", cast.items())
+    convert(tmp_path / "a", tmp_path / "b")
+    found = native.load_quantized(lambda: class_of("dit")(**SIZES["dit"]["config"]), tmp_path / "b")
+    table = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table"
+    assert isinstance(found.get_submodule(table), torch.nn.Embedding)
+    assert torch.equal(found.get_submodule(table).weight, cast[f"{table}.weight"].bfloat16())
+    assert found.transformer_blocks[0].attn1.to_q.format == "fp8"
+
+
 class OnDemand(Mapping):
     """A state dict whose tensors are made when they are asked for, and how many of them are alive."""
 
@@ -246,6 +259,10 @@ def test_refusals(files, tmp_path):
             source=tmp_path / "less", to="original")  # fmt: skip
     refuses("proj_out.bias must fit float16, got numbers to 70000",
             changes={"proj_out.bias": torch.full((8,), 7e4)}, dtype=torch.float16)  # fmt: skip
+    wide = torch.full((8, 24), 448.0).to(torch.float8_e4m3fn)
+    refuses("proj_out.weight must fit float16, got numbers to 89600",
+            changes={"proj_out.weight": wide, "proj_out.weight_scale": torch.tensor(200.0)},
+            dtype=torch.float16)  # fmt: skip
     refuses("a layout of .*, got 'bfl', 'native', None", to="bfl")
     refuses("a dtype of .* are required, got 'diffusers', 'native', torch.float64", dtype=torch.float64)
     refuses("the method must be one of int8, .*, got 'int3'", method="int3")

@@ -26,6 +26,8 @@ def write(path, header, data=bytes(8)):
     [
         (r"'a': F32 \[3\] takes 12 bytes, got data_offsets \[0, 8\], 8 bytes", {"a": ONE | {"shape": [3]}}),
         (r"'a': F64 \[2\] takes 16 bytes", {"a": ONE | {"dtype": "F64"}}),
+        (r"'a': F32 \[1\] takes 4 bytes", {"a": ONE | {"shape": [1]}}),
+        (r"'a': F32 \[0\] takes 0 bytes", {"a": ONE | {"shape": [0], "data_offsets": [8, 0]}}),
         (r"'a' must have a dtype of F4, .*, got 'F31'", {"a": ONE | {"dtype": "F31"}}),
         (r"'a' must have a dtype of", {"a": ONE | {"dtype": ["F32"]}}),
         (r"'b' must start at 8, got 0: it overlaps 'a'", {"a": ONE, "b": ONE}),
