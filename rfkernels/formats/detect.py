@@ -89,7 +89,8 @@ def listing(source: str | Path | Mapping[str, Tensor]) -> Listing:
         shapes, dtypes = {}, {}
         for name, (shape, kind, *_) in tensors.items():
             shapes[name] = tuple(values.get(f"comfy.gguf.orig_shape.{name}", shape))
-            dtypes[name] = gguf.TYPES[kind].name if kind in gguf.TYPES else f"type {kind}"
+            known = gguf.TYPES.get(kind, f"type {kind}")
+            dtypes[name] = getattr(known, "name", known)
         return Listing(shapes, dtypes, dict(values))
     found = open_checkpoint(source)
     return Listing({n: found.shape(n) for n in found}, {n: found.dtype(n) for n in found}, found.metadata)

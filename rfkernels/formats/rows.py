@@ -45,7 +45,9 @@ def join(items: Sequence[Item]) -> Item | None:
         return None
     first = items[0]
     weight = torch.cat([m.weight.view(torch.uint8) for m in items]).view(first.weight.dtype)
-    parts = {"weight": weight, "weight_scale": torch.cat([_row_scales(m) for m in items])}
+    parts = {"weight": weight}
+    if first.weight_scale is not None:
+        parts["weight_scale"] = torch.cat([_row_scales(m) for m in items])
     if first.weight_zero is not None:
         parts["weight_zero"] = torch.cat([m.weight_zero for m in items])
     config = {**first.config(), "dtype": first.dtype, "input_scale": first.input_scale}
@@ -53,7 +55,7 @@ def join(items: Sequence[Item]) -> Item | None:
 
 
 def _row_scales(layer: QuantLinear) -> Tensor:
-    scale = torch.ones(()) if layer.weight_scale is None else layer.weight_scale
+    scale = layer.weight_scale
     return scale if layer.group else scale.reshape(-1).expand(layer.out_features)
 
 

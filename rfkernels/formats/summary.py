@@ -17,7 +17,9 @@ from rfkernels.formats.load import reader_of
 
 __all__ = ["summarise"]
 
-_KINDS = {kind.name: 8 * kind.bytes / kind.numbers for kind in gguf.TYPES.values()}
+# Bits of a number in the blocks of GGUF
+_KINDS = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q2_K": 2.625, "Q3_K": 3.4375}
+_KINDS |= {"Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "IQ4_NL": 4.5, "IQ4_XS": 4.25}
 # Leaves that say how to read the numbers of a layer, and are none themselves
 _SIDE = re.compile(
     r"(^|\.)((input|weight|nested)_)?(scale\w*|zeros?|absmax|quant_map|s_rel|s_channel|codebook|format|smooth\w*"

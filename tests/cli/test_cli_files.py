@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +69,25 @@ def test_inspect_of_other_files(run, tmp_path):
     write_safetensors(tmp_path / "lora.safetensors", [("a.lora_down.weight", torch.ones(2, 3))])
     ran = run("inspect", "lora.safetensors")
     assert ran.code == 0 and "model     unknown" in ran.out and "6 parameters" in ran.out
+
+
+def test_inspect_of_gguf_files(run, tmp_path):
+    """Bytes of every type of block, by the gguf package."""
+    gguf = pytest.importorskip("gguf")
+    kinds = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "flux")
+    sizes = {}
+    for kind in kinds:
+        numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+        sizes[kind] = 512 // numbers * size
+        raw = np.zeros((2, sizes[kind] // 2), np.uint8)
+        writer.add_tensor(f"l.{kind}.weight", raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    found = json.loads(run("inspect", "a.gguf", "--json").out)
+    assert {kind: row["bytes"] for kind, row in found["dtypes"].items()} == sizes
+    assert found["format"] == "gguf" and found["parameters"] == 512 * len(kinds)
 
 
 def test_names_do_not_drive_the_terminal(run, file, tmp_path):
