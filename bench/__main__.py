@@ -18,6 +18,7 @@ ROOMS = (
     "embedding",
     "linear",
     "attention",
+    "models",
     "overhead",
     "emoji",
 )

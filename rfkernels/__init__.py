@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rfkernels.adapters.merge import merge_lora, unmerge_lora
     from rfkernels.diagnosis import explain
     from rfkernels.formats.native import load_quantized, save_quantized
+    from rfkernels.integrations.accelerate import accelerate, restore
     from rfkernels.integrations.diffusers import stop_using_attention, use_attention
     from rfkernels.pipeline import Pipeline, generate
     from rfkernels.quantization.model import quantize
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Pipeline",
     "__version__",
+    "accelerate",
     "adapters",
     "editing",
     "explain",
@@ -39,6 +41,7 @@ __all__ = [
     "nn",
     "ops",
     "quantize",
+    "restore",
     "samplers",
     "save_quantized",
     "set_adapters",
@@ -51,12 +54,14 @@ __all__ = [
 _MODULES = frozenset({"adapters", "editing", "formats", "models", "nn", "ops", "samplers"})
 _OBJECTS = {
     "Pipeline": "rfkernels.pipeline",
+    "accelerate": "rfkernels.integrations.accelerate",
     "explain": "rfkernels.diagnosis",
     "generate": "rfkernels.pipeline",
     "load_lora": "rfkernels.adapters.load",
     "load_quantized": "rfkernels.formats.native",
     "merge_lora": "rfkernels.adapters.merge",
     "quantize": "rfkernels.quantization.model",
+    "restore": "rfkernels.integrations.accelerate",
     "save_quantized": "rfkernels.formats.native",
     "set_adapters": "rfkernels.adapters.load",
     "stop_using_attention": "rfkernels.integrations.diffusers",

@@ -34,14 +34,19 @@ class Explanation(dict[str, Any]):
         return "\n".join(_lines(self))
 
 
-def explain() -> Explanation:
+def explain(obj: Any = None) -> dict[str, Any]:
     """What is built, seen and used, as a dict that `json` can write; `print(explain())` is for people.
+
+    With a pipeline or model of diffusers: what runs in it, region by region
+    (`rfkernels.integrations.report.explain_model`).
 
     Keys: `rfkernels`, `python`, `build` (None when the kernels cannot be loaded), `torch`, `cpu`,
     `devices`, `ops` (one row per op: where it runs and why), `attention` (who runs
     it, and what `precision="auto"` decided in the last calls), `weights`, `problems` (level, problem, fix).
-    Never raises: what cannot be found out is a problem with a fix.
+    Never raises without `obj`: what cannot be found out is a problem with a fix.
     """
+    if obj is not None:
+        return importlib.import_module("rfkernels.integrations.report").explain_model(obj)
     findings: list[Finding] = []
     build = _build(findings)
     torch_info = _torch(findings)

@@ -99,6 +99,15 @@ class QuantLinear(nn.Module):
         return self._compute.dtype
 
     @property
+    def coding(self) -> dict[str, Any] | None:
+        """How tokens are quantised, arguments of `ops.quantize`; None where they stay as they are, or are
+        treated in another way first."""
+        if self.format in ("int8", "int8-convrot", "w4a8"):
+            return {"format": "int8", "rotation": self.rotation}
+        per_row = self.format == "fp8" and self.quantize_input and self.input_scale is None
+        return {"format": "fp8", "rotation": 0} if per_row else None
+
+    @property
     def nbytes(self) -> int:
         """Of all stored tensors, bias included."""
         return sum(t.nbytes for t in (*self.buffers(), *self.parameters()))
@@ -129,28 +138,35 @@ class QuantLinear(nn.Module):
         activation: str = "none",
         gate: Tensor | None = None,
         residual: Tensor | None = None,
+        x_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         r"""Returns :math:`r + g \odot f(k \odot x W^T + h U^T + b)`.
 
         Args:
-            x: `[*lead, in]`, floating; the result has its dtype.
+            x: `[*lead, in]`, floating; or codes as `coding` says, with `x_scale` `[*lead]`.
+            dtype: of the result; by default that of a floating x, for codes `self.dtype`.
             lora: (h `[*lead, rank]` of `ops.lora_shrink`, U `[out, rank]`).
             column_scale: k, float32 `[out]`.
             bias: `[out]`, added to the layer's own.
             activation, gate, residual: of `ops.linear`.
         """
+        if x_scale is not None and self.coding is None:
+            raise ValueError(f"QuantLinear {self.format}: x must be floating, got codes {x.dtype}")
         scale, zero, up = self._scaled(column_scale)
-        epilogue = {"activation": activation, "gate": gate, "residual": residual, "dtype": x.dtype}
-        bias = self._bias(bias, x.dtype)
+        dtype = dtype or (x.dtype if x_scale is None else self.dtype)
+        epilogue = {"activation": activation, "gate": gate, "residual": residual, "dtype": dtype}
+        bias = self._bias(bias, dtype)
         if self.format == "svdq-int4":
             return self._run_svdq(x, scale, up, bias, lora, epilogue)
         epilogue["lora"] = lora
         if self.format == "fp8":
-            return self._run_fp8(x, scale, bias, epilogue)
+            return self._run_fp8(x, x_scale, scale, bias, epilogue)
         if self.format == "w4a16":
             return ops.linear_w4a16(x, self.weight, scale, zero, bias, **epilogue)
         op = ops.linear_w4a8 if self.format == "w4a8" else ops.linear_int8
-        return op(x, self.weight, scale, bias, rotation=self.rotation, **epilogue)
+        rotation = self.rotation if x_scale is None else 0
+        return op(x, self.weight, scale, bias, x_scale=x_scale, rotation=rotation, **epilogue)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x)
@@ -227,8 +243,11 @@ class QuantLinear(nn.Module):
             bias = extra if bias is None else bias.float() + extra.float()
         return bias if bias is None or bias.dtype in (torch.float32, dtype) else bias.to(dtype)
 
-    def _run_fp8(self, x: Tensor, scale: Tensor | None, bias: Tensor | None, epilogue: dict) -> Tensor:
-        x_scale = None
+    def _run_fp8(
+        self, x: Tensor, x_scale: Tensor | None, scale: Tensor | None, bias: Tensor | None, epilogue: dict
+    ) -> Tensor:
+        if x_scale is not None:
+            return ops.linear_fp8(x, self.weight, scale, bias, x_scale=x_scale, **epilogue)
         if self.input_scale is not None and self.quantize_input:
             x, x_scale = ops.quantize(x, "fp8", tensor_scale=self.input_scale)
             x_scale = x_scale.reshape(()).expand(x.shape[:-1])

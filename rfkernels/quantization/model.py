@@ -11,7 +11,7 @@ from rfkernels.quantization.int8 import check_finite
 from rfkernels.quantization.report import Layer, Report, compare
 from rfkernels.quantization.rules import Choice, matches
 
-__all__ = ["quantize", "replace"]
+__all__ = ["choose", "quantize", "replace"]
 
 
 def quantize(
@@ -49,21 +49,40 @@ def quantize(
         ValueError: an unknown method, a layer that is quantised already, a weight with a NaN or an infinity
             (the layer is named); the model is as it was then.
     """
-    choice = Choice.of(model, method, skip, keep, modulation=modulation, min_size=min_size, options=options)
     _refuse_quantized(model, skip)
-    sites = _sites(model)
+    sites = choose(model, method, skip, keep, modulation, min_size, options)
     for site in sites:
-        site.choose(choice)
         if site.format is not None:
             check_finite(site.weight, site.names[0])
     report = Report(method)
     while sites:
         site = sites.pop(0)  # its weight goes with it
-        for entry in site.run(model, choice.options_of(site.format)):
+        for entry in site.run(model, options if site.format == method else {}):
             report.layers.append(entry)
             if progress is not None:
                 progress(entry)
     return report
+
+
+def choose(
+    model: nn.Module,
+    method: str,
+    skip: Sequence[str],
+    keep: Sequence[str] | None,
+    modulation: str | None,
+    min_size: int,
+    options: dict[str, Any],
+) -> list["Site"]:
+    """The weights of all linear layers and the format of each, arguments as of `quantize`; no weight is read.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    choice = Choice.of(model, method, skip, keep, modulation=modulation, min_size=min_size, options=options)
+    sites = _sites(model)
+    for site in sites:
+        site.choose(choice)
+    return sites
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -73,7 +92,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 @dataclass
-class _Site:
+class Site:
     """A weight: its layers, by name, and what becomes of them."""
 
     weight: nn.Parameter
@@ -116,13 +135,13 @@ class _Site:
             yield Layer(name, self.format or "high", shape, before, after, *measures, reason)
 
 
-def _sites(model: nn.Module) -> list[_Site]:
+def _sites(model: nn.Module) -> list[Site]:
     """The weights of all linear layers, in the order of the model."""
-    sites: dict[int, _Site] = {}
+    sites: dict[int, Site] = {}
     owners = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            sites.setdefault(id(module.weight), _Site(module.weight, {})).places[name] = module
+            sites.setdefault(id(module.weight), Site(module.weight, {})).places[name] = module
         else:
             owners.update(
                 {id(p): f"{name}.{leaf}" for leaf, p in module._parameters.items() if p is not None}

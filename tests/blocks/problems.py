@@ -14,7 +14,7 @@ from diffusers.models.transformers import transformer_z_image as d_zimage
 from torch import Tensor
 
 from rfkernels import ops
-from tests.blocks import dit, flux, flux2, hidream, qwen, sandwich, sd3, wan
+from rfkernels.models import dit, flux, flux2, hidream, qwen, sandwich, sd3, wan
 from tests.blocks.parity import Problem, normal, tokens
 
 __all__ = ["PROBLEMS"]

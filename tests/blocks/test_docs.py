@@ -30,7 +30,7 @@ def test_code(code):
         modules = (activations, embeddings, normalization, transformer_flux, transformer_wan)
         theirs = {line for module in modules for line in lines_of(Path(module.__file__).read_text())}
         assert [line for line in lines_of(body) if line not in theirs] == []
-    elif origin.startswith("# tests/blocks/"):
+    elif origin.startswith("# rfkernels/models/"):
         assert body in (ROOT / origin.removeprefix("# ")).read_text()
     else:
         torch.manual_seed(0)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.blocks import flux, sandwich, sd3, wan
+from rfkernels.models import flux, sandwich, sd3, wan
 
 __all__ = ["SIZES", "Size", "moved_bytes", "table"]
 
-FREE = {"mm", "addmm", "bmm", "empty", "empty_like", "new_empty", "_unsafe_view"}
+FREE = {"attention", "mm", "addmm", "bmm", "empty", "empty_like", "new_empty", "_unsafe_view"}
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ def test_inspect_of_other_files(run, tmp_path):
 def test_inspect_of_gguf_files(run, tmp_path):
     """Bytes of every type of block, by the gguf package."""
     gguf = pytest.importorskip("gguf")
-    kinds = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+    kinds = ["F32", "F16", "BF16", *(f"Q{n}_{k}" for n in (4, 5) for k in (0, 1)), "Q8_0"]
+    kinds += [*(f"Q{n}_K" for n in range(2, 7)), "IQ4_NL", "IQ4_XS"]
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "flux")
     sizes = {}
     for kind in kinds:

@@ -7,7 +7,7 @@
 from torch import Tensor, nn
 
 from rfkernels import ops
-from tests.blocks.layers import attend, joined, mlp
+from rfkernels.models.layers import attend, finish, gelu_mlp, project
 
 __all__ = ["video_block"]
 
@@ -22,22 +22,22 @@ def video_block(
     attn = block.attn1
     n = ops.norm_modulate(x, scale, shift, index=index)
     q, k, v = ops.qkv_norm_rope(
-        joined(n, attn.to_q, attn.to_k, attn.to_v),
+        project(n, attn.to_q, attn.to_k, attn.to_v),
         attn.heads,
         q_weight=attn.norm_q.weight,  # over the full width
         k_weight=attn.norm_k.weight,
         rotation=rotation,
     )
-    y = attn.to_out[0](attend(q, k, v))
+    y = attn.to_out[0](attend(attn, q, k, v))
     x, n = ops.gated_residual_norm_modulate(
         x, y, gate, index=index, weight=block.norm2.weight, bias=block.norm2.bias
     )
 
     attn = block.attn2
-    k, v = joined(text, attn.to_k, attn.to_v).chunk(2, -1)  # the same in every step: a sampler keeps them
+    k, v = project(text, attn.to_k, attn.to_v)  # the same in every step: a sampler keeps them
     q = ops.norm_modulate(attn.to_q(n), norm="rms", weight=attn.norm_q.weight)
     k = ops.norm_modulate(k, norm="rms", weight=attn.norm_k.weight)
-    y = attn.to_out[0](attend(*(t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))))
+    y = attn.to_out[0](attend(attn, *(t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))))
     x, n = ops.gated_residual_norm_modulate(x, y, None, scale_mlp, shift_mlp, index=index)
 
-    return ops.gated_residual(x, mlp(n, block.ffn), gate_mlp, index=index)
+    return finish(x, *gelu_mlp(n, block.ffn), gate_mlp, index=index)

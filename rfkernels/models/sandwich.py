@@ -6,7 +6,7 @@
 from torch import Tensor, nn
 
 from rfkernels import ops
-from tests.blocks.layers import attend, joined
+from rfkernels.models.layers import attend, project, swiglu_mlp
 
 __all__ = ["lumina2_block", "zimage_block"]
 
@@ -20,7 +20,7 @@ def lumina2_block(block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor) -
     scale, gate, scale_mlp, gate_mlp = block.norm1.linear(ops.silu(temb)).chunk(4, -1)
     n = ops.norm_modulate(x, scale, norm="rms", weight=block.norm1.norm.weight, eps=EPS)
     q, k, v = ops.qkv_norm_rope(
-        joined(n, attn.to_q, attn.to_k, attn.to_v),
+        project(n, attn.to_q, attn.to_k, attn.to_v),
         attn.heads,
         kv_heads=kv_heads,
         q_weight=attn.norm_q.weight,
@@ -28,7 +28,7 @@ def lumina2_block(block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor) -
         rotation=rotation,
         eps=EPS,
     )
-    y = attn.to_out[0](attend(q, k, v))
+    y = attn.to_out[0](attend(attn, q, k, v))
     x, n = ops.gated_residual_norm_modulate(
         x,
         y,
@@ -41,7 +41,7 @@ def lumina2_block(block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor) -
         weight=block.ffn_norm1.weight,
         eps=EPS,
     )
-    y = ff.linear_2(ops.swiglu(joined(n, ff.linear_1, ff.linear_3)))
+    y = ff.linear_2(swiglu_mlp(n, ff.linear_1, ff.linear_3))
     return ops.gated_residual(
         x,
         y,
@@ -62,14 +62,14 @@ def zimage_block(
     scale, gate, scale_mlp, gate_mlp = block.adaLN_modulation[0](temb).chunk(4, -1)
     n = ops.norm_modulate(x, scale, index=index, norm="rms", weight=block.attention_norm1.weight, eps=EPS)
     q, k, v = ops.qkv_norm_rope(
-        joined(n, attn.to_q, attn.to_k, attn.to_v),
+        project(n, attn.to_q, attn.to_k, attn.to_v),
         attn.heads,
         q_weight=attn.norm_q.weight,
         k_weight=attn.norm_k.weight,
         rotation=rotation,
         eps=EPS,
     )
-    y = attn.to_out[0](attend(q, k, v))
+    y = attn.to_out[0](attend(attn, q, k, v))
     x, n = ops.gated_residual_norm_modulate(
         x,
         y,
@@ -83,7 +83,7 @@ def zimage_block(
         weight=block.ffn_norm1.weight,
         eps=EPS,
     )
-    y = ff.w2(ops.swiglu(joined(n, ff.w1, ff.w3)))
+    y = ff.w2(swiglu_mlp(n, ff.w1, ff.w3))
     return ops.gated_residual(
         x,
         y,

@@ -6,7 +6,7 @@
 from torch import Tensor, nn
 
 from rfkernels import ops
-from tests.blocks.layers import attend, joined, mlp
+from rfkernels.models.layers import attend, finish, gelu_mlp, project
 
 __all__ = ["joint_block"]
 
@@ -28,14 +28,14 @@ def joint_block(
     c_n = ops.norm_modulate(text, c_scale, c_shift)
     q, k, v = ops.qkv_norm_rope(
         [
-            joined(n, attn.to_q, attn.to_k, attn.to_v),
-            joined(c_n, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+            project(n, attn.to_q, attn.to_k, attn.to_v),
+            project(c_n, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
         ],
         attn.heads,
         q_weight=[weight(attn.norm_q), weight(attn.norm_added_q)],
         k_weight=[weight(attn.norm_k), weight(attn.norm_added_k)],
     )
-    y, c_y = attend(q, k, v).split([image.shape[1], text.shape[1]], 1)
+    y, c_y = attend(attn, q, k, v).split([image.shape[1], text.shape[1]], 1)
     y = attn.to_out[0](y)
 
     if block.use_dual_attention:  # a second attention, of the image alone, from the same input
@@ -43,20 +43,20 @@ def joint_block(
         attn2 = block.attn2
         n2 = ops.norm_modulate(image, scale2, shift2)
         q, k, v = ops.qkv_norm_rope(
-            joined(n2, attn2.to_q, attn2.to_k, attn2.to_v),
+            project(n2, attn2.to_q, attn2.to_k, attn2.to_v),
             attn2.heads,
             q_weight=weight(attn2.norm_q),
             k_weight=weight(attn2.norm_k),
         )
         image = ops.gated_residual(image, y, gate)
-        y, gate = attn2.to_out[0](attend(q, k, v)), gate2
+        y, gate = attn2.to_out[0](attend(attn2, q, k, v)), gate2
 
     image, n = ops.gated_residual_norm_modulate(image, y, gate, scale_mlp, shift_mlp)
-    image = ops.gated_residual(image, mlp(n, block.ff), gate_mlp)
+    image = finish(image, *gelu_mlp(n, block.ff), gate_mlp)
     if block.context_pre_only:
         return (image,)
     text, c_n = ops.gated_residual_norm_modulate(text, attn.to_add_out(c_y), c_gate, c_scale_mlp, c_shift_mlp)
-    text = ops.gated_residual(text, mlp(c_n, block.ff_context), c_gate_mlp)
+    text = finish(text, *gelu_mlp(c_n, block.ff_context), c_gate_mlp)
     return image, text
 
 

@@ -6,7 +6,7 @@
 from torch import Tensor, nn
 
 from rfkernels import ops
-from tests.blocks.layers import attend, joined, mlp
+from rfkernels.models.layers import attend, finish, gelu_mlp, project
 
 __all__ = ["double_block"]
 
@@ -26,19 +26,19 @@ def double_block(
     c_n = ops.norm_modulate(text, c_scale, c_shift)
     q, k, v = ops.qkv_norm_rope(
         [
-            joined(c_n, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-            joined(n, attn.to_q, attn.to_k, attn.to_v),
+            project(c_n, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+            project(n, attn.to_q, attn.to_k, attn.to_v),
         ],
         attn.heads,
         q_weight=[attn.norm_added_q.weight, attn.norm_q.weight],
         k_weight=[attn.norm_added_k.weight, attn.norm_k.weight],
         rotation=rotation,
     )
-    c_y, y = attend(q, k, v).split([text.shape[1], image.shape[1]], 1)
+    c_y, y = attend(attn, q, k, v).split([text.shape[1], image.shape[1]], 1)
     y, c_y = attn.to_out[0](y), attn.to_add_out(c_y)
 
     image, n = ops.gated_residual_norm_modulate(image, y, gate, scale_mlp, shift_mlp, index=index)
     text, c_n = ops.gated_residual_norm_modulate(text, c_y, c_gate, c_scale_mlp, c_shift_mlp)
-    image = ops.gated_residual(image, mlp(n, block.img_mlp), gate_mlp, index=index)
-    text = ops.gated_residual(text, mlp(c_n, block.txt_mlp), c_gate_mlp)
+    image = finish(image, *gelu_mlp(n, block.img_mlp), gate_mlp, index=index)
+    text = finish(text, *gelu_mlp(c_n, block.txt_mlp), c_gate_mlp)
     return text, image

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rfkernels import ops
-from tests.blocks.layers import attend, joined
+from rfkernels.models.layers import attend, project
 
 __all__ = ["double_block", "single_block"]
 
@@ -24,19 +24,19 @@ def double_block(
     c_n = ops.norm_modulate(text, c_scale, c_shift)
     q, k, v = ops.qkv_norm_rope(
         [
-            joined(c_n, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-            joined(n, attn.to_q, attn.to_k, attn.to_v),
+            project(c_n, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+            project(n, attn.to_q, attn.to_k, attn.to_v),
         ],
         attn.heads,
         q_weight=[attn.norm_added_q.weight, attn.norm_q.weight],
         k_weight=[attn.norm_added_k.weight, attn.norm_k.weight],
         rotation=rotation,
     )
-    c_y, y = attend(q, k, v).split([text.shape[1], image.shape[1]], 1)
+    c_y, y = attend(attn, q, k, v).split([text.shape[1], image.shape[1]], 1)
     image, n = ops.gated_residual_norm_modulate(image, attn.to_out[0](y), gate, scale_mlp, shift_mlp)
     text, c_n = ops.gated_residual_norm_modulate(text, attn.to_add_out(c_y), c_gate, c_scale_mlp, c_shift_mlp)
-    image = ops.gated_residual(image, swiglu_mlp(n, block.ff), gate_mlp)
-    text = ops.gated_residual(text, swiglu_mlp(c_n, block.ff_context), c_gate_mlp)
+    image = ops.gated_residual(image, feed_forward(n, block.ff), gate_mlp)
+    text = ops.gated_residual(text, feed_forward(c_n, block.ff_context), c_gate_mlp)
     return text, image
 
 
@@ -53,9 +53,9 @@ def single_block(block: nn.Module, x: Tensor, modulation: Tensor, rotation: Tens
         k_weight=attn.norm_k.weight,
         rotation=rotation,
     )
-    y = attn.to_out(torch.cat([attend(q, k, v), ops.swiglu(gate_up)], -1))
+    y = attn.to_out(torch.cat([attend(attn, q, k, v), ops.swiglu(gate_up)], -1))
     return ops.gated_residual(x, y, gate)
 
 
-def swiglu_mlp(x: Tensor, ff: nn.Module) -> Tensor:
+def feed_forward(x: Tensor, ff: nn.Module) -> Tensor:
     return ff.linear_out(ops.swiglu(ff.linear_in(x)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rfkernels import ops
-from tests.blocks.layers import attend, joined, mlp
+from rfkernels.models.layers import attend, finish, gelu_mlp, project
 
 __all__ = ["class_conditional_block", "condition_of", "pixart_block"]
 
@@ -19,10 +19,10 @@ def class_conditional_block(block: nn.Module, x: Tensor, t: Tensor, label: Tenso
     modulation = block.norm1.linear(ops.silu(condition_of(block.norm1.emb, t, label, x.dtype)))
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
     n = ops.norm_modulate(x, scale, shift)
-    q, k, v = ops.qkv_norm_rope(joined(n, attn.to_q, attn.to_k, attn.to_v), attn.heads)
-    y = attn.to_out[0](attend(q, k, v))
+    q, k, v = ops.qkv_norm_rope(project(n, attn.to_q, attn.to_k, attn.to_v), attn.heads)
+    y = attn.to_out[0](attend(attn, q, k, v))
     x, n = ops.gated_residual_norm_modulate(x, y, gate, scale_mlp, shift_mlp, eps=block.norm3.eps)
-    return ops.gated_residual(x, mlp(n, block.ff), gate_mlp)
+    return finish(x, *gelu_mlp(n, block.ff), gate_mlp)
 
 
 def pixart_block(block: nn.Module, x: Tensor, text: Tensor, temb: Tensor) -> Tensor:
@@ -31,14 +31,14 @@ def pixart_block(block: nn.Module, x: Tensor, text: Tensor, temb: Tensor) -> Ten
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(1)
     attn = block.attn1
     n = ops.norm_modulate(x, scale, shift)
-    q, k, v = ops.qkv_norm_rope(joined(n, attn.to_q, attn.to_k, attn.to_v), attn.heads)
-    x = ops.gated_residual(x, attn.to_out[0](attend(q, k, v)), gate)
+    q, k, v = ops.qkv_norm_rope(project(n, attn.to_q, attn.to_k, attn.to_v), attn.heads)
+    x = ops.gated_residual(x, attn.to_out[0](attend(attn, q, k, v)), gate)
 
     attn = block.attn2  # reads x itself, no norm
-    k, v = joined(text, attn.to_k, attn.to_v).chunk(2, -1)  # the same in every step: a sampler keeps them
-    y = attn.to_out[0](attend(*(t.unflatten(-1, (attn.heads, -1)) for t in (attn.to_q(x), k, v))))
+    k, v = project(text, attn.to_k, attn.to_v)  # the same in every step: a sampler keeps them
+    y = attn.to_out[0](attend(attn, *(t.unflatten(-1, (attn.heads, -1)) for t in (attn.to_q(x), k, v))))
     x, n = ops.gated_residual_norm_modulate(x, y, None, scale_mlp, shift_mlp)
-    return ops.gated_residual(x, mlp(n, block.ff), gate_mlp)
+    return finish(x, *gelu_mlp(n, block.ff), gate_mlp)
 
 
 def condition_of(emb: nn.Module, t: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,1 @@
+"""Variants of each family, `CASES` of tests/models/test_parity.py."""
