@@ -53,50 +53,70 @@ def test_prefixes():
     assert detect(Listing(among, {}, {})).prefix == "model.diffusion_model."
 
 
-def of_published(family, **config):
+ONE = {"num_layers": 1, "num_single_layers": 1}
+DEPTHS = ("transformer_blocks", "single_transformer_blocks")
+
+
+def of_published(family, depths, **config):
+    """The variant of a model that is as wide as the published one, its first blocks and names of the last."""
     with torch.device("meta"):
-        return detect(listed(shapes_of(make(family, config)))).variant
+        shapes = shapes_of(make(family, config))
+    return detect(listed(shapes | {f"{series}.{n - 1}.end": (1,) for series, n in depths.items()})).variant
 
 
-def test_variants_of_published_shapes():
-    """Of the sizes of the published models; layers on "meta"."""
-    assert of_published("flux", guidance_embeds=True) == "dev"
-    assert of_published("flux") == "schnell"
-    assert of_published("flux", in_channels=384, out_channels=64, guidance_embeds=True) == "fill"
-    assert of_published("flux", in_channels=128, out_channels=64, guidance_embeds=True) == "depth-canny"
-    assert of_published("flux2") == "dev"
-    klein = {"guidance_embeds": False, "num_attention_heads": 24, "num_layers": 5, "num_single_layers": 20}
-    assert of_published("flux2", joint_attention_dim=7680, **klein) == "klein-4b"
-    klein = {"guidance_embeds": False, "num_attention_heads": 32, "num_layers": 8, "num_single_layers": 24}
-    assert of_published("flux2", joint_attention_dim=12288, **klein) == "klein-9b"
-    assert of_published("flux3") == "base"
-    sd3 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
-    assert of_published("sd3", pos_embed_max_size=192, **sd3) == "medium"
-    dual = {"dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}
-    assert of_published("sd3", pos_embed_max_size=384, **sd3, **dual) == "3.5-medium"
-    sd3 = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
-    assert of_published("sd3", pos_embed_max_size=192, qk_norm="rms_norm", **sd3) == "3.5-large"
-    small = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
-    assert of_published("wan", **small) == "t2v-1.3b"
-    assert of_published("wan") == "t2v-14b"
-    assert of_published("wan", in_channels=36, image_dim=1280, added_kv_proj_dim=5120) == "i2v-14b-2.1"
-    assert of_published("wan", in_channels=36) == "i2v-14b-2.2"
-    five = {
-        "num_attention_heads": 24,
-        "num_layers": 30,
-        "ffn_dim": 14336,
-        "in_channels": 48,
-        "out_channels": 48,
-    }
-    assert of_published("wan", **five) == "ti2v-5b"
-    assert of_published("z-image") == "z-image"
-    assert of_published("lumina2", cap_feat_dim=2304) == "lumina-image-2.0"
-    assert of_published("auraflow") == "auraflow"
-    assert of_published("qwen-image") == "qwen-image"
-    assert of_published("dit", out_channels=8) == "xl-2"
-    pixart = {"cross_attention_dim": 1152, "caption_channels": 4096}
-    assert of_published("pixart", use_additional_conditions=False, **pixart) == "sigma"
-    assert of_published("pixart", use_additional_conditions=True, **pixart) == "alpha-1024"
+def test_variants_of_flux():
+    deep = dict(zip(DEPTHS, (19, 38), strict=True))
+    for variant, config in {
+        "dev": {"guidance_embeds": True},
+        "schnell": {},
+        "fill": {"in_channels": 384, "out_channels": 64, "guidance_embeds": True},
+        "depth-canny": {"in_channels": 128, "out_channels": 64, "guidance_embeds": True},
+    }.items():
+        assert of_published("flux", deep, **ONE, **config) == variant
+    assert of_published("flux", {}, **ONE) == ""
+    for variant, heads, depths, text in (
+        ("dev", 48, (8, 48), 15360),
+        ("klein-4b", 24, (5, 20), 7680),
+        ("klein-9b", 32, (8, 24), 12288),
+    ):
+        config = {"num_attention_heads": heads, "joint_attention_dim": text, **ONE}
+        assert of_published("flux2", dict(zip(DEPTHS, depths, strict=True)), **config) == variant
+    assert of_published("flux3", {}, **ONE) == "base"
+    assert of_published("flux3", {}, flow_map=True, **ONE) == "distilled"
+
+
+def test_variants_of_sd3_and_wan():
+    for variant, depth, heads, size, config in (
+        ("medium", 24, 24, 192, {}),
+        ("3.5-medium", 24, 24, 384, {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}),
+        ("3.5-large", 38, 38, 192, {"qk_norm": "rms_norm"}),
+    ):
+        config |= {"num_attention_heads": heads, "caption_projection_dim": 64 * heads, "num_layers": 2}
+        depths = {"transformer_blocks": depth}
+        assert of_published("sd3", depths, pos_embed_max_size=size, **config) == variant
+    for variant, heads, channels, config in (
+        ("t2v-1.3b", 12, 16, {}),
+        ("t2v-14b", 40, 16, {}),
+        ("i2v-14b-2.1", 40, 36, {"image_dim": 1280, "added_kv_proj_dim": 5120}),
+        ("i2v-14b-2.2", 40, 36, {}),
+        ("ti2v-5b", 24, 48, {"out_channels": 48}),
+    ):
+        config |= {"num_attention_heads": heads, "in_channels": channels, "num_layers": 1}
+        assert of_published("wan", {}, **config) == variant
+    vace = {"num_layers": 1, "vace_layers": [0], "num_attention_heads": 12}
+    assert of_published("wan-vace", {"blocks": 30, "vace_blocks": 15}, **vace) == "vace-1.3b"
+
+
+def test_variants_of_other_families():
+    assert of_published("z-image", {"layers": 30}, n_layers=1) == "z-image"
+    assert of_published("lumina2", {"layers": 26}, num_layers=1) == "lumina-image-2.0"
+    depths = {"single_transformer_blocks": 32}
+    assert of_published("auraflow", depths, num_mmdit_layers=1, num_single_dit_layers=1) == "auraflow"
+    assert of_published("qwen-image", {"transformer_blocks": 60}, num_layers=1) == "qwen-image"
+    assert of_published("dit", {"transformer_blocks": 28}, num_layers=1, out_channels=8) == "xl-2"
+    for variant, additional in (("sigma", False), ("alpha-1024", True)):
+        config = {"caption_channels": 4096, "use_additional_conditions": additional, "num_layers": 1}
+        assert of_published("pixart", {"transformer_blocks": 28}, **config) == variant
 
 
 def test_original_dit_and_its_configuration():
