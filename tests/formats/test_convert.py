@@ -260,6 +260,8 @@ def test_refusals(files, tmp_path):
     refuses("proj_out.bias must fit float16, got numbers to 70000",
             changes={"proj_out.bias": torch.full((8,), 7e4)}, dtype=torch.float16)  # fmt: skip
     wide = torch.full((8, 24), 448.0).to(torch.float8_e4m3fn)
+    refuses(r"got 1 others: \['odd.weight'\]",
+            changes={"odd.weight": torch.ones(1), "proj_out.weight": wide})  # fmt: skip
     refuses("proj_out.weight must fit float16, got numbers to 89600",
             changes={"proj_out.weight": wide, "proj_out.weight_scale": torch.tensor(200.0)},
             dtype=torch.float16)  # fmt: skip
