@@ -12,10 +12,10 @@ from torch import nn
 
 from rfkernels.nn.lora import LoRALinear
 
-__all__ = ["Names", "Target", "bare", "modules"]
+__all__ = ["FAMILIES", "Names", "Target", "bare", "modules"]
 
 # A family of models by modules that it alone has, and its table
-_FAMILIES = {
+FAMILIES = {
     # FLUX.1, FLUX.2; names with lora or without attn are those of XLabs, 1 the image, 2 the text
     "x_embedder context_embedder": """
 img_in                                    x_embedder
@@ -66,9 +66,46 @@ double_blocks.#.proj_lora1                transformer_blocks.#.attn.to_out.0
 double_blocks.#.proj_lora2                transformer_blocks.#.attn.to_add_out
 single_blocks.#.qkv                       single_transformer_blocks.#.attn.[to_q to_k to_v]
 single_blocks.#.proj                      single_transformer_blocks.#.proj_out
+distilled_guidance_layer.in_proj          distilled_guidance_layer.in_proj
+distilled_guidance_layer.out_proj         distilled_guidance_layer.out_proj
+distilled_guidance_layer.norms.#          distilled_guidance_layer.norms.#
+distilled_guidance_layer.layers.#.in_layer distilled_guidance_layer.layers.#.linear_1
+distilled_guidance_layer.layers.#.out_layer distilled_guidance_layer.layers.#.linear_2
 """,
+    # FLUX.3
+    "x_embedders.image timestep_embedder.linear_1": """
+emb_in.*                                  x_embedders.*
+txt_in                                    context_embedder
+time_in.in_layer                          timestep_embedder.linear_1
+time_in.out_layer                         timestep_embedder.linear_2
+ref_time_in.in_layer                      target_timestep_embedder.linear_1
+ref_time_in.out_layer                     target_timestep_embedder.linear_2
+early_stream_modulations.*.lin            early_stream_modulations.*.linear
+single_stream_modulations.*.lin           single_stream_modulations.*.linear
+final_layer.image.linear                  proj_out
+final_layer.image.adaLN_modulation.1      norm_out.linear~
+"""
+    + "".join(
+        f"{theirs}.{old} {ours}.{new}\n"
+        for theirs, ours in (
+            ("content_mode_blocks.*.#", "mode_blocks.*.#"),
+            ("txt_mode_blocks.#", "txt_mode_blocks.#"),
+            ("single_blocks.#", "single_transformer_blocks.#"),
+        )
+        for old, new in (
+            ("q_proj", "attn.to_q"),
+            ("k_proj", "attn.to_k"),
+            ("v_proj", "attn.to_v"),
+            ("attn_out", "attn.to_out.0"),
+            ("norm.query_norm", "attn.norm_q"),
+            ("norm.key_norm", "attn.norm_k"),
+            ("mlp_in", "ff.linear_in"),
+            ("mlp_out", "ff.linear_out"),
+        )
+    ),
     # SD3, SD3.5
     "pos_embed.proj time_text_embed.text_embedder.linear_1": """
+pos_embed                                 pos_embed.pos_embed
 x_embedder.proj                           pos_embed.proj
 t_embedder.mlp.0                          time_text_embed.timestep_embedder.linear_1
 t_embedder.mlp.2                          time_text_embed.timestep_embedder.linear_2
@@ -159,6 +196,20 @@ final_layer.adaLN_modulation.1            norm_out.linear_1
 *.#.attention_norm1                       *.#.norm1.norm
 *.#.attention_norm1                       *.#.norm1
 *.#.attention_norm2                       *.#.norm2
+""",
+    # DiT, SiT; diffusers has the embedders of time and class in every block
+    "transformer_blocks.0.norm1.emb.class_embedder.embedding_table": """
+x_embedder.proj                           pos_embed.proj
+t_embedder.mlp.0                          transformer_blocks.0.norm1.emb.timestep_embedder.linear_1
+t_embedder.mlp.2                          transformer_blocks.0.norm1.emb.timestep_embedder.linear_2
+y_embedder.embedding_table                transformer_blocks.0.norm1.emb.class_embedder.embedding_table
+blocks.#.attn.qkv                         transformer_blocks.#.attn1.[to_q to_k to_v]
+blocks.#.attn.proj                        transformer_blocks.#.attn1.to_out.0
+blocks.#.mlp.fc1                          transformer_blocks.#.ff.net.0.proj
+blocks.#.mlp.fc2                          transformer_blocks.#.ff.net.2
+blocks.#.adaLN_modulation.1               transformer_blocks.#.norm1.linear
+final_layer.adaLN_modulation.1            proj_out_1
+final_layer.linear                        proj_out_2
 """,
     # AuraFlow
     "time_step_proj.linear_1": """
@@ -267,7 +318,7 @@ class Names:
         known |= {f"{p}.{n}" if p else n for p, m in self.modules.items() for n in m._parameters}
         self._known = known - {""}
         self.table = {name: (Target(name),) for name in self._known}
-        for marks, lines in _FAMILIES.items():
+        for marks, lines in FAMILIES.items():
             if all(mark in self._known for mark in marks.split()):
                 for line in lines.strip().splitlines():
                     self._add(*line.split(maxsplit=1))

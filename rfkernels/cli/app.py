@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rfkernels
-from rfkernels.cli import bench, doctor, evaluate, generate, show, train
+from rfkernels.cli import bench, convert, doctor, evaluate, generate, inspect, quantize, show, train
 
 __all__ = ["app", "run"]
 
@@ -20,6 +20,9 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("show")(show.show)
+app.command("inspect")(inspect.inspect)
+app.command("convert")(convert.convert)
+app.command("quantize")(quantize.quantize)
 app.command("doctor")(doctor.doctor)
 app.command("bench", context_settings=bench.CONTEXT)(bench.bench)
 app.command("train")(train.train)

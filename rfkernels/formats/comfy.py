@@ -29,15 +29,16 @@ from rfkernels.ops.linear import unpack_int4
 from rfkernels.ops.quantize import rotate
 from rfkernels.quantization import ROTATIONS
 
-__all__ = ["detect", "marks", "read", "tensors", "write"]
+__all__ = ["HEADER", "detect", "header", "marked_tensors", "marks", "read", "tensors", "write"]
 
-_MARK, _HEADER = "comfy_quant", "_quantization_metadata"
+HEADER = "_quantization_metadata"
+_MARK = "comfy_quant"
 _OPTIONS = {"format", "params", "full_precision_matrix_mult", "convrot", "convrot_groupsize", "group_size"}
 _OPTIONS |= {"linear_dtype", "quant_group_size", "orig_dtype", "orig_shape"}
 
 
 def detect(checkpoint: Checkpoint) -> bool:
-    return _HEADER in checkpoint.metadata or any(n.endswith(f".{_MARK}") for n in checkpoint)
+    return HEADER in checkpoint.metadata or any(n.endswith(f".{_MARK}") for n in checkpoint)
 
 
 def marks(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -46,8 +47,8 @@ def marks(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: an option that is not known here: it may change the numbers.
     """
-    header = json.loads(checkpoint.metadata.get(_HEADER, "{}")).get("layers", {})
-    found = {layer.removeprefix(checkpoint.prefix): mark for layer, mark in header.items()}
+    written = json.loads(checkpoint.metadata.get(HEADER, "{}")).get("layers", {})
+    found = {layer.removeprefix(checkpoint.prefix): mark for layer, mark in written.items()}
     for name in checkpoint:
         if name.endswith(f".{_MARK}"):
             text = bytes(checkpoint[name].view(torch.uint8).tolist()).decode().rstrip("\0 ")
@@ -226,10 +227,15 @@ def write(model: nn.Module, path: str | Path) -> None:
     """Writes a model with quantised layers, with the model's names; marks stand beside the layers and in the
     header."""
     layers = {n: tensors(m)[1] for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    write_safetensors(path, model_tensors(model, marked_tensors), header(layers))
 
-    def encode(layer: QuantLinear) -> dict[str, Tensor]:
-        parts, mark = tensors(layer)
-        return {**parts, _MARK: torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)}
 
-    header = {_HEADER: json.dumps({"format_version": "1.0", "layers": layers})}
-    write_safetensors(path, model_tensors(model, encode), header)
+def marked_tensors(layer: QuantLinear) -> dict[str, Tensor]:
+    """The leaves of a layer, its mark as one of them."""
+    parts, mark = tensors(layer)
+    return {**parts, _MARK: torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)}
+
+
+def header(layers: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The strings of the header, of the marks of all layers."""
+    return {HEADER: json.dumps({"format_version": "1.0", "layers": layers})}

@@ -1,28 +1,17 @@
 """safetensors files: tensors one at a time, both ways (https://github.com/huggingface/safetensors)."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["Checkpoint", "open_checkpoint", "write_safetensors"]
+from rfkernels.formats.header import read_header
+from rfkernels.formats.writer import NAMES, write_safetensors
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+__all__ = ["Checkpoint", "Joined", "open_checkpoint", "write_safetensors"]
+
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -43,9 +32,17 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
     def dtype(self, name: str) -> torch.dtype | str:
         """Without reading the tensor; as the file says, where torch has no such dtype."""
         return self._tensors.dtype(name) if isinstance(self._tensors, _View) else self._tensors[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+        found = self._tensors.shape(name) if isinstance(self._tensors, _View) else self._tensors[name].shape
+        return tuple(found)
 
     def layers(self) -> dict[str, dict[str, str]]:
         """The leaves of each module, names split at the last dot, and their full names."""
@@ -58,13 +55,14 @@ class Checkpoint(Mapping[str, Tensor]):
     def without_prefix(self, *prefixes: str) -> "Checkpoint":
         """The same tensors, a prefix that all names have taken off."""
         prefix = next((p for p in prefixes if self and all(n.startswith(p) for n in self)), "")
-        return Checkpoint(_Renamed(self, {n.removeprefix(prefix): n for n in self}), self.metadata, prefix)
+        names = {n.removeprefix(prefix): n for n in self}
+        return Checkpoint(_Renamed(self, names), self.metadata, self.prefix + prefix)
 
 
 class _View(Mapping[str, Tensor]):
     """Tensors that lie elsewhere, there perhaps under other names."""
 
-    def __init__(self, origin, names: dict[str, str]):
+    def __init__(self, origin, names: Mapping):
         self._origin, self._names = origin, names
 
     def __iter__(self) -> Iterator[str]:
@@ -72,6 +70,9 @@ class _View(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
 
 class _Renamed(_View):
@@ -81,61 +82,70 @@ class _Renamed(_View):
     def dtype(self, name: str) -> torch.dtype | str:
         return self._origin.dtype(self._names[name])
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._origin.shape(self._names[name])
 
-class _File(_View):
+
+class Joined(_View):
+    """The tensors of several checkpoints; names say where each is."""
+
     def __getitem__(self, name: str) -> Tensor:
-        return self._origin.get_tensor(self._names[name])
+        return self._origin[self._names[name]][name]
 
     def dtype(self, name: str) -> torch.dtype | str:
-        written = self._origin.get_slice(self._names[name]).get_dtype()
-        return next((dtype for dtype, known in _NAMES.items() if known == written), written)
+        return self._origin[self._names[name]].dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._origin[self._names[name]].shape(name)
+
+
+class _File(_View):
+    """An open file and the entries of its header."""
+
+    def __init__(self, origin, names: Mapping, path: str | Path):
+        super().__init__(origin, names)
+        self._path = path
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import SafetensorError
+
+        path, dtype = self._path, self._names[name].dtype
+        try:
+            return self._origin.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: {name} has the dtype {dtype}, one of torch is required: {error}"
+            ) from None
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        written = self._names[name].dtype
+        return _DTYPES.get(written, written)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._names[name].shape
 
 
 def open_checkpoint(source: str | Path | Mapping[str, Tensor]) -> Checkpoint:
-    """A safetensors file, or tensors by name, as a `Checkpoint`.
+    """Tensors by name as a `Checkpoint`: given so, of a safetensors file, or of the shards of a directory or
+    of its `*.safetensors.index.json`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file.
+        ValueError: it is no safetensors file, or not a whole one (`rfkernels.formats.header`).
     """
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, Mapping):
         return Checkpoint(source)
+    if Path(source).is_dir() or Path(source).name.endswith(".json"):
+        from rfkernels.formats.sharded import open_shards
+
+        return open_shards(Path(source))
     from safetensors import SafetensorError, safe_open
 
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"checkpoint {source}: a safetensors file is required, found none")
+    header = read_header(source)
     try:
         file = safe_open(source, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"checkpoint {source}: a safetensors file is required, got: {error}") from None
-    return Checkpoint(_File(file, {n: n for n in file.keys()}), file.metadata())  # noqa: SIM118
-
-
-def write_safetensors(
-    path: str | Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes tensors one after the other, with no copy of more than one; complete or not at all.
-
-    Raises:
-        ValueError: two tensors of one name, a dtype that the container has no name for.
-    """
-    tensors = list(tensors)
-    header: dict = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, tensor in tensors:
-        if name in header or tensor.dtype not in _NAMES:
-            reason = "is there twice" if name in header else f"has the dtype {tensor.dtype}"
-            raise ValueError(f"safetensors: {name} {reason}; names must differ, dtypes be of {list(_NAMES)}")
-        offsets = [end, end := end + tensor.nbytes]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    with partial.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for _, tensor in tensors:
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-            file.write(memoryview(flat.numpy()))
-    partial.replace(path)
+        raise ValueError(f"{source}: a safetensors file is required, got: {error}") from None
+    return Checkpoint(_File(file, header.tensors, source), header.metadata)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rfkernels.formats import bnb, comfy, fp8, gguf, nunchaku, nvfp4
+from rfkernels.formats import bnb, comfy, fp8, gguf, native, nunchaku, nvfp4
 from rfkernels.formats.container import Checkpoint, open_checkpoint
 from rfkernels.formats.native import complete, set_tensor
 from rfkernels.nn import QuantLinear
@@ -15,7 +15,7 @@ from rfkernels.quantization.model import replace
 
 __all__ = ["Part", "Rename", "load", "original_names", "read", "reader_of"]
 
-_READERS = (comfy, nunchaku, nvfp4, bnb, fp8)  # fp8 has the weakest mark: the dtype of weights
+_READERS = (native, comfy, nunchaku, nvfp4, bnb, fp8)  # fp8 has the weakest mark: the dtype of weights
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "_orig_mod.", "model.")
 
 
@@ -58,7 +58,7 @@ def read(
         source: a safetensors or GGUF file, or tensors by name; common prefixes of all names are taken off.
         dtype: of the tokens of layers that have no bias to tell it.
     """
-    if isinstance(source, (str, Path)) and gguf.is_gguf(source):
+    if isinstance(source, (str, Path)) and Path(source).is_file() and gguf.is_gguf(source):
         yield from gguf.read(source, dtype)
         return
     checkpoint = open_checkpoint(source).without_prefix(*_PREFIXES)

@@ -2,7 +2,7 @@
 settings in the header (`rfkernels`: version, model class, layers, and names that share a tensor)."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,9 +12,9 @@ from rfkernels.formats.container import Checkpoint, open_checkpoint, write_safet
 from rfkernels.nn import QuantLinear
 from rfkernels.quantization.model import replace
 
-__all__ = ["complete", "load_quantized", "save_quantized", "set_tensor"]
+__all__ = ["KEY", "complete", "detect", "header", "load_quantized", "read", "save_quantized", "set_tensor"]
 
-_KEY, _VERSION = "rfkernels", 1
+KEY, _VERSION = "rfkernels", 1
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> None:
@@ -33,8 +33,38 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     layers = {
         n: m.config() for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)
     }
-    record = {"version": _VERSION, "model": type(model).__name__, "layers": layers, "aliases": aliases}
-    write_safetensors(path, tensors.items(), {_KEY: json.dumps(record)})
+    write_safetensors(path, tensors.items(), header(type(model).__name__, layers, aliases))
+
+
+def header(model: str, layers: dict[str, dict], aliases: dict[str, str]) -> dict[str, str]:
+    """The strings of the header: class of the model, settings of layers, names that share a tensor."""
+    record = {"version": _VERSION, "model": model, "layers": layers, "aliases": aliases}
+    return {KEY: json.dumps(record)}
+
+
+def detect(checkpoint: Checkpoint) -> bool:
+    return '"layers"' in checkpoint.metadata.get(KEY, "")
+
+
+def read(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, QuantLinear | Tensor]]:
+    """Layers and other tensors, for `rfkernels.formats.read`; names that share a tensor have one each."""
+    record = _record(checkpoint, "checkpoint")
+    cut = len(checkpoint.prefix)
+    layers = {layer[cut:]: config for layer, config in record["layers"].items()}
+    names = {name: name for name in checkpoint} | {a[cut:]: b[cut:] for a, b in record["aliases"].items()}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name in names:
+        layer, _, leaf = name.rpartition(".")
+        if layer in layers:
+            parts.setdefault(layer, {})[leaf] = checkpoint[names[name]]
+        else:
+            yield name, checkpoint[names[name]]
+    for layer, config in layers.items():
+        yield layer, _layer(parts.pop(layer, {}), config)
+
+
+def _layer(parts: dict[str, Tensor], config: dict) -> QuantLinear:
+    return QuantLinear(**parts, **{**config, "dtype": getattr(torch, config["dtype"])})
 
 
 def load_quantized(
@@ -73,7 +103,7 @@ def load_quantized(
     for layer, config in record["layers"].items():
         leaves = {n for n in names if n.rpartition(".")[0] == layer}
         parts = {n.rpartition(".")[2]: tensor(n) for n in leaves}
-        replace(model, layer, QuantLinear(**parts, **{**config, "dtype": getattr(torch, config["dtype"])}))
+        replace(model, layer, _layer(parts, config))
         names -= leaves
     wanted = {n for n in model.state_dict() if n.rpartition(".")[0] not in record["layers"]}
     if wanted != names:
@@ -106,9 +136,9 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _record(checkpoint: Checkpoint, path: str | Path) -> dict:
-    if _KEY not in checkpoint.metadata:
-        raise ValueError(f"{path}: a file of save_quantized is required, its header has no {_KEY!r}")
-    record = json.loads(checkpoint.metadata[_KEY])
+    if KEY not in checkpoint.metadata:
+        raise ValueError(f"{path}: a file of save_quantized is required, its header has no {KEY!r}")
+    record = json.loads(checkpoint.metadata[KEY])
     if record["version"] != _VERSION:
         raise ValueError(f"{path}: version {_VERSION} is required, got {record['version']}")
     return record

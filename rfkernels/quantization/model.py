@@ -7,10 +7,9 @@ from typing import Any
 from torch import nn
 
 from rfkernels.nn import QuantLinear
-from rfkernels.quantization.int8 import check_finite, largest_rotation
+from rfkernels.quantization.int8 import check_finite
 from rfkernels.quantization.report import Layer, Report, compare
-from rfkernels.quantization.rules import matches, rules_of
-from rfkernels.quantization.weight import FORMATS
+from rfkernels.quantization.rules import Choice, matches
 
 __all__ = ["choose", "quantize", "replace"]
 
@@ -79,14 +78,10 @@ def choose(
     Raises:
         ValueError: an unknown method.
     """
-    for format in (method, modulation):
-        if format is not None and format not in FORMATS:
-            raise ValueError(f"quantize: the method must be one of {', '.join(FORMATS)}, got {format!r}")
-    rules = rules_of(model)
-    high = (*skip, *(rules.keep if keep is None else keep))
+    choice = Choice.of(model, method, skip, keep, modulation=modulation, min_size=min_size, options=options)
     sites = _sites(model)
     for site in sites:
-        site.choose(high, rules.modulation, method, modulation, min_size, options)
+        site.choose(choice)
     return sites
 
 
@@ -110,30 +105,13 @@ class Site:
     def names(self) -> list[str]:
         return list(self.places)
 
-    def choose(self, high, modulations, method, modulation, min_size, options) -> None:
+    def choose(self, choice: Choice) -> None:
         """Sets the format, or the reason why there is none."""
+        self.format, self.reason = choice.format(self.names, self.weight)
         kinds = {type(linear) for linear in self.places.values()} - {nn.Linear}
-        if any(matches(name, high) for name in self.names):
-            self.reason = "kept: sensitive, or skipped"
-        elif kinds or self.tied:
+        if (kinds or self.tied) and not any(matches(name, choice.high) for name in self.names):
             self.reason = f"kept: tied to {self.tied}" if self.tied else f"kept: a {kinds.pop().__name__}"
-        elif not self.weight.is_floating_point() or self.weight.itemsize == 1:
-            self.reason = f"kept: {self.weight.dtype}"
-        elif self.weight.numel() < min_size:
-            self.reason = f"kept: fewer than {min_size} weights"
-        else:
-            modulates = any(matches(name, modulations) for name in self.names)
-            format = modulation if modulates else method
-            self.reason = "kept: modulation" if format is None else self._misfit(format, method, options)
-            self.format = None if self.reason else format
-
-    def _misfit(self, format: str, method: str, options: dict) -> str:
-        width, options = self.weight.shape[1], options if format == method else {}
-        group = options.get("group", 64) if format in ("w4a16", "w4a8", "svdq-int4") else 1
-        rotation = options.get("rotation") or largest_rotation(width) or 16
-        if format in ("int8-convrot", "w4a8") and width % rotation:
-            return f"kept: a rotation of {rotation} does not divide {width} inputs"
-        return f"kept: a group of {group} does not divide {width} inputs" if width % (group or 2) else ""
+            self.format = None
 
     def run(self, model: nn.Module, options: dict) -> Iterator[Layer]:
         """Replaces the layers. The weight is counted with the first, a layer under two names once."""

@@ -13,7 +13,7 @@ from rfkernels.cli import bench
 from tests.cli.conftest import one_line
 
 WITHOUT = "import sys; sys.modules[{0!r}] = None; from rfkernels.cli import main; sys.exit(main({1!r}))"
-VERBS = ("generate", "show", "doctor", "bench", "train", "eval")
+VERBS = ("generate", "show", "inspect", "convert", "quantize", "doctor", "bench", "train", "eval")
 
 
 def test_help_names_every_verb(run):

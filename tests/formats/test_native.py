@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from rfkernels.formats import read
 from rfkernels.formats.native import load_quantized, save_quantized
-from rfkernels.nn import FORMATS
+from rfkernels.nn import FORMATS, QuantLinear
 from rfkernels.quantization.model import quantize
 from tests.quantization.models import Odd, flux, formats, run, shared
 
@@ -39,6 +40,20 @@ def test_files_keep_ties(tmp_path):
     assert shared(loaded.last.weight, loaded.table.weight)
     stored = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
     assert size < sum(stored.values()) + 8000
+
+
+def test_files_are_read_like_others(tmp_path):
+    """Layers and tensors by name, shared ones under each name; a prefix of all names is taken off."""
+    model = Odd()
+    quantize(model, "int8", min_size=0)
+    for whole in (model, nn.ModuleDict({"transformer": model})):
+        save_quantized(whole, tmp_path / "a")
+        items = dict(read(tmp_path / "a"))
+        for name, tensor in model.state_dict().items():
+            layer, _, leaf = name.rpartition(".")
+            found = getattr(items[layer], leaf) if layer in items else items[name]
+            assert torch.equal(found, tensor), name
+        assert {n for n, m in model.named_modules() if isinstance(m, QuantLinear)} <= set(items)
 
 
 def test_file_refusals(tmp_path):
