@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rfkernels
-from rfkernels.cli import bench, doctor, evaluate, generate, show, train
+from rfkernels.cli import bench, doctor, evaluate, generate, plan, show, train
 
 __all__ = ["app", "run"]
 
@@ -24,6 +24,7 @@ app.command("doctor")(doctor.doctor)
 app.command("bench", context_settings=bench.CONTEXT)(bench.bench)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("plan")(plan.plan)
 
 
 def _print_version(wanted: bool) -> None:
