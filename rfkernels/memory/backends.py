@@ -1,5 +1,6 @@
 """Where streamed layers go: a CUDA device, or a simulation of one that proves the order of copies."""
 
+import mmap
 import random
 import weakref
 from collections import deque
@@ -68,16 +69,13 @@ class CudaBackend:
 
     def host(self, nbytes: int) -> Tensor:
         # torch's own page-locked memory comes in powers of two: up to twice the model
-        with torch.inference_mode(False):
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
-        cudart = torch.cuda.cudart()
-        code = int(cudart.cudaHostRegister(buffer.data_ptr(), nbytes, 0)) if nbytes else 0
+        pages, cudart = _pages(nbytes), torch.cuda.cudart()
+        code = int(cudart.cudaHostRegister(pages.data_ptr(), pages.nbytes, 0)) if nbytes else 0
         if code:
-            raise MemoryError(
-                f"stream_layers: {nbytes} bytes of page-locked memory required, CUDA error {code}"
-            )
+            raise MemoryError(f"stream_layers: {nbytes} bytes must be page-locked, got CUDA error {code}")
+        buffer = pages[:nbytes]
         if nbytes:
-            weakref.finalize(buffer, cudart.cudaHostUnregister, buffer.data_ptr()).atexit = False
+            weakref.finalize(buffer, cudart.cudaHostUnregister, pages.data_ptr()).atexit = False
         return buffer
 
     def allocate(self, nbytes: int) -> Tensor:
@@ -108,6 +106,15 @@ class CudaBackend:
 
     def refusal(self) -> str:
         return "a CUDA graph is being captured" if torch.cuda.is_current_stream_capturing() else ""
+
+
+def _pages(nbytes: int) -> Tensor:
+    """At least so many bytes: whole pages that nothing else lies in, which can be locked by themselves."""
+    size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    with torch.inference_mode(False):
+        memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+    start = -memory.data_ptr() % mmap.PAGESIZE
+    return memory[start : start + size]
 
 
 class _Copy(NamedTuple):
@@ -143,8 +150,7 @@ class SimulatedBackend:
         return False
 
     def host(self, nbytes: int) -> Tensor:
-        with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8)
+        return _pages(nbytes)[:nbytes]
 
     def allocate(self, nbytes: int) -> Tensor:
         if self.allocated + nbytes > self.budget:

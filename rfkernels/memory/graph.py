@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 __all__ = ["Buckets", "Capture", "CudaCapture", "GraphReport", "GraphRunner"]
 
@@ -225,7 +225,7 @@ class GraphRunner:
         if self._evicted >= 2 * self.max_graphs and self._replays < 2 * self._made:
             return None, f"more signatures than max_graphs={self.max_graphs}: use buckets, or pass tensors"
         inputs = [_own(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, kwargs = torch.utils._pytree.tree_unflatten(inputs, tree)
+        args, kwargs = tree_unflatten(inputs, tree)
         run = lambda: self.function(*args, **kwargs)
         own = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
         reason = self._try(run, own)

@@ -99,7 +99,7 @@ class MemoryPlan:
         if self.streamed:
             lines.append(f"  {'host, page-locked':24} {_size(self.host_bytes):>10}")
         formats = ", ".join(f"{name} {_size(n)}" for name, n in self.format_bytes.items())
-        lines.append(f"  {'the model':24} {formats}")
+        lines.append(f"  {'the model':24} {formats} (modulation in w4a16)")
         if self.step_s is not None:
             parts = [("arithmetic", self.compute_s), ("weights", self.memory_s), ("copies", self.link_s)]
             named = ", ".join(f"{name} {_time(s)}" for name, s in parts if s)

@@ -1,9 +1,12 @@
 """The simulated device sees the faults that it is there to see."""
 
+import mmap
+
 import pytest
 import torch
 
 from rfkernels.memory import SimulatedBackend
+from rfkernels.memory.backends import _pages
 
 
 def test_the_simulation_sees_faults():
@@ -25,6 +28,14 @@ def test_the_simulation_sees_faults():
         backend.begin(slot, ready)
     with pytest.raises(MemoryError, match="960 of 1024 bytes are free, 961 required"):
         backend.allocate(961)
+
+
+def test_memory_of_the_host_is_whole_pages():
+    for nbytes in (0, 1, mmap.PAGESIZE, 3 * mmap.PAGESIZE + 1):
+        pages = _pages(nbytes)
+        assert nbytes <= pages.nbytes < nbytes + mmap.PAGESIZE
+        assert pages.nbytes % mmap.PAGESIZE == pages.data_ptr() % mmap.PAGESIZE == 0
+        assert SimulatedBackend(0).host(nbytes).shape == (nbytes,)
 
 
 def test_a_slot_that_is_not_waited_for_is_poison():
