@@ -73,6 +73,11 @@ class MemoryPlan:
     step_s: float | None
     assumptions: tuple[str, ...]
 
+    @property
+    def layer_budget(self) -> int:
+        """What the device has for layers: `resident_bytes` of `stream_layers`."""
+        return self.vram - self.rest_bytes - self.activation_bytes - self.overhead_bytes
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
@@ -282,7 +287,8 @@ def _assumptions(board: Board | None, vram, tokens, quant, shape: ModelShape):
     yield f"activations: {formula}, D = {shape.width}"
     yield f"CUDA and its libraries take {_size(OVERHEAD)}"
     if quant is not None:
-        yield "linear layers within the layers are quantised, in groups of 64; the rest is as stored"
+        tokens_too = " with quantize_input" if quant == "fp8" else ""
+        yield f"linear layers within the layers are quantised{tokens_too}; the rest is as stored"
     if shape.other_models:
         yield f"text encoders and decoders in the file, {_size(shape.other_models)}, are not on the device"
     if board is None:
@@ -293,7 +299,7 @@ def _assumptions(board: Board | None, vram, tokens, quant, shape: ModelShape):
     yield f"{board.name}: {peaks} dense TFLOP/s, {board.bandwidth / 1e9:g} GB/s ({board.source})"
     if not board.unified:
         yield f"copies at {LINK_SHARE * board.link / 1e9:.1f} GB/s, {LINK_SHARE:g} of the PCIe link"
-    yield "attention and weights that are not 8 bits at the rate of bf16; nothing but matrix products counted"
+    yield "attention, and linear layers of 16-bit tokens, at the rate of bf16; only matrix products count"
 
 
 def _tokens(tokens: int | None, resolution: tuple[int, int] | str | None) -> int:

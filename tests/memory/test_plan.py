@@ -10,7 +10,7 @@ from rfkernels.memory import BOARDS, plan
 from rfkernels.memory.boards import GIB, board
 from rfkernels.memory.header import Entry, read_entries
 from rfkernels.memory.plan import read_bytes
-from rfkernels.memory.residency import device_bytes
+from rfkernels.memory.residency import device_bytes, streamed_layers
 from rfkernels.memory.shape import FORMATS, Work, model_shape
 from rfkernels.nn import QuantLinear
 from rfkernels.quantization import FORMATS as QUANTISERS
@@ -96,7 +96,8 @@ def test_a_plan_of_flux_on_8_gib(flux):
         == 8 * GIB
     )
     streamed = [i for i, name in enumerate(made.layers) if name in made.streamed]
-    assert layers == device_bytes(made.layer_bytes, streamed)
+    assert layers == device_bytes(made.layer_bytes, streamed) <= made.layer_budget
+    assert streamed_layers(made.layer_bytes, budget=made.layer_budget) == tuple(streamed)
     assert made.host_bytes == sum(made.layer_bytes[i] for i in streamed) > 0
     assert made.resident_bytes + made.host_bytes + made.rest_bytes == made.format_bytes["as stored"]
     assert made.activation_bytes == 2 * 4608 * (2 * 3072 + 15360 + 21504)
