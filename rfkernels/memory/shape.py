@@ -162,8 +162,8 @@ def model_shape(entries: list[Entry]) -> ModelShape:
     layers, rest = _grouped([e._replace(name=e.name.removeprefix(prefix)) for e in own])
     if not layers:
         raise ValueError(
-            "plan: a transformer with numbered layers (blocks.0 .., layers.0 ..) is required, got names like "
-            f"{[e.name for e in entries[:3]]}"
+            "plan: a transformer with numbered layers of matrices [out, in] (blocks.0 .., layers.0 ..) is "
+            f"required, got names like {[e.name for e in entries[:3]]}"
         )
     seeing = [m for layer in layers for m in layer.matrices if not (m.modulates or m.embeds)]
     if not seeing:

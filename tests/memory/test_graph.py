@@ -166,6 +166,30 @@ def test_gradients_and_autocast():
     assert torch.equal(run(x), linear(x)) and len(run.report().graphs) == 1
 
 
+def test_gradients_of_inputs_alone():
+    run = runner(lambda x: x * x)
+    x = torch.tensor([3.0], requires_grad=True)
+    with torch.enable_grad():
+        run(x).backward()
+    assert x.grad == 6 and not run.report().graphs
+
+
+def test_failures_with_gradients_say_nothing_of_calls_without():
+    run = runner(linear := nn.Linear(3, 3))
+    with torch.enable_grad():
+        for rows in range(1, 6):
+            run(torch.ones(rows, 3))
+    assert torch.equal(run(torch.ones(1, 3)), linear(torch.ones(1, 3))) and len(run.report().graphs) == 1
+
+
+def test_a_signature_that_failed_is_not_tried_again():
+    calls = []
+    run = runner(lambda x: calls.append(1) or x.nonzero())
+    for _ in range(5):
+        run(torch.ones(3))
+    assert len(calls) == 2 + 1 + 5  # warm-up, the recording that failed, and the calls
+
+
 def test_parameters_that_change_are_followed():
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
     for run in (runner(model), runner(model.forward)):
