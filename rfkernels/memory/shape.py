@@ -18,6 +18,7 @@ _OTHER_MODELS = re.compile(
 )
 _CROSS = re.compile(r"(attn2|cross_attn)\.")
 _TEXT_STREAM = re.compile(r"(^|[._])(add_|txt|context)|_t(\.|$)")
+_KEYS_VALUES = re.compile(r"\.(to_)?[kv]\.|add_|kv")
 _TEXT_INPUT = re.compile(r"txt|text|context|caption|cap_|llama")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _ACTIVE_EXPERTS = 2
@@ -68,6 +69,16 @@ class _Matrix:
     def embeds(self) -> bool:
         return "embed" in self.name
 
+    @property
+    def crosses(self) -> bool:
+        """Whether it is of a second attention."""
+        return bool(_CROSS.search(self.name))
+
+    @property
+    def of_text(self) -> bool:
+        """Whether it is of a stream of text tokens."""
+        return not self.crosses and bool(_TEXT_STREAM.search(self.name))
+
     def bytes_in(self, format: str | None, modulation: str | None) -> int:
         chosen = None if self.embeds else modulation if self.modulates else format
         fits = self.floating and self.out * self.width >= _SMALLEST and self.width % 64 == 0
@@ -92,26 +103,24 @@ class LayerShape:
         cross-attention have tokens alone in the first, text for keys and values in the second; all others
         have all tokens in one row.
         """
-        cross = [m for m in self.matrices if _CROSS.search(m.name)]
-        streams = any(_TEXT_STREAM.search(m.name) for m in self.matrices if m not in cross)
+        crosses = any(m.crosses for m in self.matrices)
+        streams = any(m.of_text for m in self.matrices)
         if "context_refiner" in self.name:
             tokens, text = text, 0
         elif "refiner" in self.name:
             text = 0
-        together = tokens if cross and not streams else tokens + text
+        together = tokens if crosses and not streams else tokens + text
         linear = 0.0
         for m in self.matrices:
             if m.modulates or m.embeds:
                 rows = 1
-            elif streams or m in cross:
-                of_text = m not in cross or re.search(r"\.(to_)?[kv](\.|_)|add_|kv", m.name)
-                rows = text if of_text and (_TEXT_STREAM.search(m.name) or m in cross) else tokens
-                rows = tokens if m in cross and streams else rows
+            elif streams:
+                rows = text if m.of_text else tokens
             else:
-                rows = together
+                rows = text if m.crosses and _KEYS_VALUES.search(m.name) else together
             linear += 2 * m.out * m.width * rows * self._part(m)
         attention = 4.0 * width * together**2
-        if cross:
+        if crosses:  # beside text streams the second attention is over the image alone
             attention += 4.0 * width * tokens * (tokens if streams else text)
         return Work(batch * linear, batch * attention)
 
