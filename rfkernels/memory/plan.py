@@ -179,7 +179,7 @@ def plan(
     found = job.plan(quant, modulation)
     if found.fits:
         return found
-    smaller = (job.plan(format, "w4a16") for format in ("int8-convrot", "w4a16") if format != quant)
+    smaller = (job.plan(format, "w4a16") for format in ("int8-convrot", "w4a16"))
     better = next((p for p in smaller if p.fits), None)
     words = "no format makes it fit: a larger device or fewer tokens"
     if better is not None:

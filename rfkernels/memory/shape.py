@@ -18,7 +18,7 @@ _OTHER_MODELS = re.compile(
 )
 _CROSS = re.compile(r"(attn2|cross_attn)\.")
 _TEXT_STREAM = re.compile(r"(^|[._])(add_|txt|context)|_t(\.|$)")
-_KEYS_VALUES = re.compile(r"\.(to_)?[kv]\.|add_|kv")
+_KEYS_VALUES = re.compile(r"\.(to_)?[kv][._]|add_|kv")
 _TEXT_INPUT = re.compile(r"txt|text|context|caption|cap_|llama")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _ACTIVE_EXPERTS = 2

@@ -52,6 +52,17 @@ def test_known_models(make, layers, width, params, tokens, text, total, attentio
     assert twice.attention == 2 * work.attention and twice.linear == 2 * work.linear
 
 
+@pytest.mark.parametrize(
+    "names", [("cross_attn.k_img", "cross_attn.v_img"), ("attn2.add_k_proj", "attn2.add_v_proj")]
+)
+def test_keys_and_values_of_a_picture_are_cross_attention(names):
+    shapes = headers.wan(2)
+    plain = sum(shape_of(shapes).work(1000, 50, 1), Work())
+    shapes |= {f"blocks.{i}.{name}.weight": (5120, 5120) for i in range(2) for name in names}
+    work = sum(shape_of(shapes).work(1000, 50, 1), Work())
+    assert work.linear - plain.linear == 2 * 2 * 2 * 5120**2 * 50 and work.attention == plain.attention
+
+
 def test_layers_come_in_the_order_of_their_use():
     names = [layer.name for layer in shape_of(headers.z_image()).layers]
     refiners = [f"{name}_refiner.{i}" for name in ("noise", "context") for i in range(2)]
@@ -111,6 +122,20 @@ def test_a_plan_of_flux_on_8_gib(flux):
 def test_copies_can_be_what_takes_longest(flux):
     made = plan(flux, vram="3G", gpu="rtx4060", resolution="256x256", text_tokens=128)
     assert made.tokens == 256 and made.step_s == made.link_s > made.compute_s
+
+
+def test_few_tokens_wait_for_weights(flux):
+    made = plan(flux, gpu="h100", tokens=1, text_tokens=0)
+    assert made.compute_s < made.memory_s
+    assert made.step_s == pytest.approx(made.format_bytes["as stored"] / 3.35e12)
+
+
+def test_tokens(tmp_path, flux):
+    assert plan(flux, vram="8G", resolution="1000x520").tokens == 63 * 33
+    assert plan(flux, vram="8G", tokens=77).tokens == 77
+    shapes = {n: s for n, s in headers.flux(0, 2).items() if not n.startswith("txt_in")}
+    alone = plan(headers.write_header(tmp_path / "a.safetensors", shapes), vram="8G", text_tokens=512)
+    assert alone.text_tokens == 0 and "of text" not in str(alone)
 
 
 def test_peaks_follow_the_format(flux):
