@@ -196,21 +196,16 @@ def _grouped(entries: list[Entry]) -> tuple[list[LayerShape], list[Entry]]:
         found = re.match(r"(.*?)\.(\d+)\.(.+)", entry.name)
         if found:
             groups.setdefault(found[1], {}).setdefault(int(found[2]), []).append(entry)
-    largest = max((_bytes(group) for group in groups.values()), default=0)
     layers: list[LayerShape] = []
     inside: set[str] = set()
     for name in sorted(groups, key=lambda name: ("single" in name) - ("refiner" in name)):
         group = [_layer(f"{name}.{i}", entries) for i, entries in sorted(groups[name].items())]
         ordered = sorted(groups[name]) == list(range(len(group)))
         deep = min(len(layer.matrices) for layer in group) > 1
-        if ordered and deep and _bytes(groups[name]) > largest / 50:
+        if ordered and deep:
             layers += group
             inside |= {entry.name for entries in groups[name].values() for entry in entries}
     return layers, [e for e in entries if e.name not in inside]
-
-
-def _bytes(group: dict[int, list[Entry]]) -> int:
-    return sum(entry.nbytes for entries in group.values() for entry in entries)
 
 
 def _layer(name: str, entries: list[Entry]) -> LayerShape:

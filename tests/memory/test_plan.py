@@ -64,10 +64,11 @@ def test_keys_and_values_of_a_picture_are_cross_attention(names):
 
 
 def test_layers_come_in_the_order_of_their_use():
-    names = [layer.name for layer in shape_of(headers.z_image()).layers]
-    refiners = [f"{name}_refiner.{i}" for name in ("noise", "context") for i in range(2)]
+    names = [layer.name for layer in shape_of(dict(sorted(headers.z_image().items()))).layers]
+    refiners = [f"{name}_refiner.{i}" for name in ("context", "noise") for i in range(2)]
     assert names == refiners + [f"layers.{i}" for i in range(30)]
-    names = [layer.name for layer in shape_of(headers.flux_diffusers()).layers]
+    by_name = dict(sorted(headers.flux_diffusers().items()))  # as files are often written
+    names = [layer.name for layer in shape_of(by_name).layers]
     assert names[18:20] == ["transformer_blocks.18", "single_transformer_blocks.0"]
 
 
@@ -94,6 +95,25 @@ def test_what_is_quantised():
     saved = single.nbytes("int8") - single.nbytes("int8", "w4a16")
     assert saved == 3 * 3072**2 * 2 - FORMATS["w4a16"](9216, 3072)
     assert shape_of(headers.flux(1, 2), "F8_E4M3").nbytes("int8") == shape.nbytes()  # as it is stored
+
+
+def test_embedders_within_layers_see_one_row_and_stay():
+    inner = headers.linear("blocks.0.attn", 512, 512) | headers.linear("blocks.0.mlp", 512, 512)
+    shapes = inner | {n.replace("0", "1"): s for n, s in inner.items()}
+    plain = shape_of(shapes)
+    more = shape_of(
+        shapes | headers.linear("blocks.1.norm1.emb.timestep_embedder.linear_1", 512, 512, bias=False)
+    )
+    assert more.nbytes("int8") - plain.nbytes("int8") == 2 * 512**2
+    assert more.work(100, 0, 1)[1].linear - plain.work(100, 0, 1)[1].linear == 2 * 512**2
+
+
+@pytest.mark.parametrize("leaf, dtype", [("weight", "U8"), ("qweight", "I8")])
+def test_two_numbers_in_a_byte(leaf, dtype):
+    shapes = {n.removesuffix("weight") + leaf: s for n, s in headers.flux(1, 2).items() if len(s) == 2}
+    packed = model_shape([Entry(n, dtype, (o, i // 2), o * i // 2) for n, (o, i) in shapes.items()])
+    assert packed.width == 3072
+    assert packed.work(4096, 512, 1) == shape_of(headers.flux(1, 2)).work(4096, 512, 1)
 
 
 def test_a_plan_of_flux_on_8_gib(flux):
