@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rfkernels
-from rfkernels.cli import bench, convert, doctor, evaluate, generate, inspect, quantize, show, train
+from rfkernels.cli import bench, convert, doctor, evaluate, generate, inspect, plan, quantize, show, train
 
 __all__ = ["app", "run"]
 
@@ -27,6 +27,7 @@ app.command("doctor")(doctor.doctor)
 app.command("bench", context_settings=bench.CONTEXT)(bench.bench)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("plan")(plan.plan)
 
 
 def _print_version(wanted: bool) -> None:
