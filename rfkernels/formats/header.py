@@ -33,8 +33,11 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: str | Path, *, alone: bool = False) -> Header:
     """Tensors and strings of a safetensors file, in the order of the header.
+
+    Args:
+        alone: the file may end behind its header.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -59,7 +62,7 @@ def read_header(path: str | Path) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError(f"{path}: {_METADATA} must be an object of strings, got {str(metadata)[:80]!r}")
     tensors = {name: _entry(path, name, found) for name, found in header.items()}
-    _check_places(path, tensors, size - 8 - length)
+    _check_places(path, tensors, None if alone else size - 8 - length)
     return Header(tensors, metadata)
 
 
@@ -113,7 +116,7 @@ def _counts(found: object) -> bool:
     return isinstance(found, list) and all(type(n) is int and n >= 0 for n in found)
 
 
-def _check_places(path: Path, tensors: dict[str, Entry], size: int) -> None:
+def _check_places(path: Path, tensors: dict[str, Entry], size: int | None) -> None:
     """Tensors fill the bytes behind the header, one after the other."""
     at, last = 0, "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: item[1][2:]):
@@ -121,6 +124,6 @@ def _check_places(path: Path, tensors: dict[str, Entry], size: int) -> None:
             kind = "overlaps" if entry.start < at else "leaves a hole behind"
             raise ValueError(f"{path}: {name!r} must start at {at}, got {entry.start}: it {kind} {last}")
         at, last = entry.stop, repr(name)
-    if at != size:
+    if size is not None and at != size:
         kind = "truncated" if at > size else "followed by something else"
         raise ValueError(f"{path}: {at:,} bytes of tensors are required, found {size:,}: the file is {kind}")

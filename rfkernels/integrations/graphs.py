@@ -1,4 +1,4 @@
-"""The forward of a whole model as CUDA graphs, for as long as the model is what it was when they were made."""
+"""The forward of a whole model as CUDA graphs, as long as the model is what it was when they were made."""
 
 from collections.abc import Callable
 from typing import Any

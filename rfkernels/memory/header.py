@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rfkernels.formats import gguf
+from rfkernels.formats.header import read_header
 
 __all__ = ["Entry", "read_entries"]
 
-_LARGEST = 100 << 20  # of a safetensors header, as the format has it
 _INDEX = "*.safetensors.index.json"
 
 
@@ -65,21 +65,8 @@ def _only_file(folder: Path) -> Path:
 
 
 def _safetensors(path: Path) -> list[Entry]:
-    with path.open("rb") as file:
-        start = file.read(8)
-        size = int.from_bytes(start, "little")
-        encoded = file.read(size) if len(start) == 8 and size <= _LARGEST else b""
-    if len(encoded) != size or not size:
-        raise ValueError(f"{path}: a safetensors or GGUF file is required, got {start[:4]!r} and no header")
-    header = _json(encoded, path)
-    header.pop("__metadata__", None)
-    try:
-        return [
-            Entry(name, t["dtype"], tuple(t["shape"]), t["data_offsets"][1] - t["data_offsets"][0])
-            for name, t in header.items()
-        ]
-    except (KeyError, IndexError, TypeError):
-        raise ValueError(f"{path}: dtype, shape and data_offsets of each tensor are required") from None
+    tensors = read_header(path, alone=True).tensors
+    return [Entry(name, t.dtype, t.shape, t.stop - t.start) for name, t in tensors.items()]
 
 
 def _json(encoded: bytes, path: Path) -> dict:

@@ -256,12 +256,12 @@ def test_gguf(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "no header"),
-        (b"\xff" * 8, "no header"),
-        (b"\x08\0\0\0\0\0\0\0{}", "no header"),
-        (b"\x02\0\0\0\0\0\0\0[]", "a header in JSON"),
+        (b"", "a safetensors file is required"),
+        (b"\xff" * 8, "a safetensors file is required"),
+        (b"\x08\0\0\0\0\0\0\0{}", "a safetensors file is required"),
+        (b"\x02\0\0\0\0\0\0\0[]", "a header of names"),
         (b"\x02\0\0\0\0\0\0\0{}", "a file with tensors"),
-        (b'\x0a\0\0\0\0\0\0\0{"a": {}} ', "dtype, shape and data_offsets"),
+        (b'\x0a\0\0\0\0\0\0\0{"a": {}} ', "must have .'data_offsets', 'dtype', 'shape'"),
     ],
 )
 def test_files_that_are_none(tmp_path, content, message):
