@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case, nbytes, random_tensor
+from bench.gguf_blocks import random_blocks
 
 # tokens, inputs, outputs
 SHAPES = {
     "1536 square": (1024, 1536, 1536),
     "1536 MLP": (1024, 1536, 6144),
+    "3072 square": (1024, 3072, 3072),
     "FLUX.1 attention": (4608, 3072, 3072),
     "FLUX.1 modulation": (1, 3072, 18432),
     "small": (64, 256, 256),
@@ -22,14 +24,16 @@ FULL = [
         for label in list(SHAPES)[:2]
         for op in ("int8", "int8 lora", "w4a16", "w4a8", "fp8", "plain")
     ],
+    ("gguf", "3072 square"),
     ("int8", "FLUX.1 attention"),
     ("int8 lora", "FLUX.1 attention"),
     ("w4a16", "FLUX.1 modulation"),
+    ("gguf", "FLUX.1 modulation"),
     ("int8", "FLUX.1 modulation"),
     ("plain", "FLUX.1 modulation"),
     ("int8 lora", "small"),
 ]
-QUICK = [("int8 lora", "small"), ("w4a16", "small")]
+QUICK = [("int8 lora", "small"), ("w4a16", "small"), ("gguf", "small")]
 RANKS = (16, 64)
 
 
@@ -41,6 +45,7 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         "w4a16": _w4a16,
         "w4a8": _w4a8,
         "fp8": _fp8,
+        "gguf": _gguf,
         "plain": _plain,
     }
     for op, label in QUICK if quick else FULL:
@@ -200,6 +205,26 @@ def _fp8(label: str, shape: tuple[int, int, int], device: str) -> Iterator[Case]
 
     peers = _torch_products(shape, device)
     yield _case("linear_fp8", label, shape, "bf16", inputs, ops.linear_fp8, formula, peers)
+
+
+def _gguf(label: str, shape: tuple[int, int, int], device: str) -> Iterator[Case]:
+    """Beside torch on the weight as numbers; eager expands the blocks in torch, as diffusers does."""
+    from rfkernels import ops
+
+    for kind in ("Q4_K", "Q8_0"):
+
+        def inputs(kind=kind):
+            x, bias = _tokens(shape, device)
+            return x, random_blocks(kind, shape[2], shape[1]).to(device), bias
+
+        def ours(x, blocks, bias, kind=kind):
+            return ops.linear_gguf(x, blocks, kind, bias)
+
+        def formula(x, blocks, bias, kind=kind):
+            return F.linear(x, ops.dequantize_gguf_reference(blocks, kind, x.dtype), bias)
+
+        peers = _torch_products(shape, device)
+        yield _case(f"linear_gguf {kind}", label, shape, "bf16", inputs, ours, formula, peers)
 
 
 def _plain(label: str, shape: tuple[int, int, int], device: str) -> Iterator[Case]:

@@ -6,10 +6,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from bench.gguf_blocks import random_blocks
 from rfkernels import ops
+from rfkernels.ops.gguf import BLOCKS
 
-# tokens, inputs, outputs: few tokens; ragged edges of tiles; several tiles; narrow
-SHAPES = ((1, 128, 40), (7, 96, 33), (131, 64, 130), (66, 160, 12))
+# tokens, inputs, outputs: few tokens; ragged edges of tiles; several tiles; narrow; with every block of GGUF
+SHAPES = ((1, 128, 40), (7, 96, 33), (131, 64, 130), (66, 160, 12), (6, 512, 24), (20, 256, 40))
 # on a GPU of about 100 multiprocessors the tiles of 64 x 64 and of 128 x 128 (csrc/linear/tile.h)
 GPU_SHAPES = ((1000, 64, 1500), (1100, 96, 1500))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,6 +82,16 @@ def _formats(x: Tensor, weight: Tensor) -> Iterator[tuple]:
         )
     numbers = ops.dequantize_weight(four, scale, None, wide)
     yield "linear_w4a8", lambda **e: ops.linear_w4a8(x, four, scale, **e), numbers, int8
+    for kind, block in BLOCKS.items():
+        if weight.shape[1] % block.numbers:
+            continue
+        blocks = random_blocks(kind, *weight.shape).to(x.device)
+        yield (
+            f"linear_gguf {kind}",
+            lambda blocks=blocks, kind=kind, **e: ops.linear_gguf(x, blocks, kind, **e),
+            ops.dequantize_gguf(blocks, kind, wide),
+            x.to(wide),
+        )
 
 
 def _exact(x: Tensor, weight: Tensor, epilogue: dict) -> Tensor:

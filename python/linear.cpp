@@ -5,7 +5,9 @@
 namespace rfk::python {
 
 void bind_linear(py::module_& m) {
+  def(m, "dequantize_gguf", &dequantize_gguf);
   def(m, "linear", &linear);
+  def(m, "linear_gguf", &linear_gguf);
   m.def("linear_workspace",
         [](const TensorArg& x, const TensorArg& weight, const std::optional<TensorArg>& weight_scale,
            const std::optional<TensorArg>& weight_zero, const std::optional<TensorArg>& up) {

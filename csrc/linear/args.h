@@ -34,8 +34,9 @@ struct Table {
 struct LinearArgs {
   int m, n, k, rank = 0;
   int processors;                // of the device
-  Table x, weight;               // a row of four-bit codes: k / 2 elements
+  Table x, weight;               // a row of four-bit codes: k / 2 elements; of blocks: their bytes
   Storage storage, x_storage;    // of x: floating, int8 or e4m3
+  Gguf gguf;                     // of blocks
   bool x_pieces, weight_pieces;  // 16 bytes at a time
   Table x_scale, weight_scale, weight_zero;
   int groups = 1, group;  // of weight_scale: inputs of a group
@@ -66,8 +67,8 @@ inline LinearArgs linear_args(const LinearCall& call, int processors) {
   a.processors = processors;
   a.m = int(call.m), a.n = int(call.n), a.k = int(call.k), a.rank = call.hidden ? int(call.rank) : 0;
   a.x = Table(call.x), a.weight = Table(call.weight);
-  a.weight.stride = a.k / (call.storage == Storage::int4 ? 2 : 1);
-  a.storage = call.storage;
+  a.weight.stride = call.weight.shape[1];
+  a.storage = call.storage, a.gguf = call.gguf;
   a.x_storage = call.x.dtype == DType::i8   ? Storage::int8
                 : call.x.dtype == DType::u8 ? Storage::e4m3
                                             : Storage::floating;

@@ -4,12 +4,13 @@
 #include <string>
 
 #include "core/activation.h"
+#include "linear/gguf.h"
 #include "linear/linear.h"
 
 namespace rfk {
 
 // How a weight is stored.
-enum class Storage : uint8_t { floating, int8, e4m3, int4 };
+enum class Storage : uint8_t { floating, int8, e4m3, int4, gguf };
 
 // How `weight` [n, .] is stored beside x [., k]; four-bit codes lie two a byte.
 inline Storage storage_of(const TensorView& weight, int64_t k) {
@@ -54,6 +55,7 @@ struct LinearCall {
   Optional x_scale, weight_scale, weight_zero, bias, hidden, up, gate, residual, out_scale, workspace;
   Epilogue epilogue = Epilogue::none;
   Storage storage = Storage::floating;
+  Gguf gguf{};  // of blocks
   int64_t m = 0, n = 0, k = 0, rank = 0;
   int64_t groups = 1;          // of weight_scale and weight_zero along k
   bool scale_per_row = false;  // weight_scale has one number per output (or more), not one in all
@@ -78,5 +80,8 @@ inline void read_shapes(LinearCall& c) {
 
 void linear_cpu(const LinearCall& call);
 void linear_cuda(Stream stream, const LinearCall& call);
+
+void dequantize_gguf_cpu(const TensorView& out, const TensorView& blocks, Gguf kind);
+void dequantize_gguf_cuda(Stream stream, const TensorView& out, const TensorView& blocks, Gguf kind);
 
 }  // namespace rfk

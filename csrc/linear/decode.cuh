@@ -4,6 +4,7 @@
 
 #include "core/ptx.cuh"
 #include "linear/args.h"
+#include "linear/gguf.h"
 
 // Stored weights as operands, in registers. T is f16 or bf16; a register holds two of them, the first in its
 // low bits.
@@ -41,6 +42,28 @@ template <typename T> __device__ __forceinline__ void decode_int8(uint32_t codes
       pairs[i] = fma_pair<T>(spread, kOnes<T>, 0xe480e480);
     }
   }
+}
+
+// Sixteen int8
+__device__ __forceinline__ void decode_int8(const uint32_t (&words)[4], float (&v)[16]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i)  // (2^23 + code + 128) - (2^23 + 128)
+    v[i] = std::bit_cast<float>(byte_permute(words[i / 4] ^ 0x80808080, 0x4b000000, 0x7440 + i % 4)) -
+           8388736.0f;
+}
+
+__device__ __forceinline__ void decode_sixteen(const Sixteen& from, float (&v)[16]) {
+  decode_int8(from.codes, v);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) v[i] = std::fma(from.scale, v[i], from.offset);
+}
+
+// The numbers 16 i .. 16 i + 15 of a row of blocks of a kind that is known at run time, as all threads know
+// it.
+__device__ __forceinline__ Sixteen sixteen_of(Gguf kind, const uint8_t* row, int i) {
+  Sixteen v;
+  with_block(kind, [&]<typename B>() { v = sixteen_of<B>(row, i); });
+  return v;
 }
 
 // Four e4m3, exact: two registers in their order. The seven bits of a magnitude are those of a T that is 2^-8

@@ -169,4 +169,12 @@ struct Floating : KindBase<float, 2, bytes_beside_16_bit(S), S == Storage::int4 
   }
 };
 
+// f16 or bf16 with blocks of GGUF, decoded and rounded to T on their way into a stage: a slab is 32 numbers
+// of a row, which are of one block.
+template <typename T> struct Decoded : Floating<T, Storage::floating> {
+  using Wide = HalfWideTile;
+};
+template <typename Kind> inline constexpr bool kIsDecoded = false;
+template <typename T> inline constexpr bool kIsDecoded<Decoded<T>> = true;
+
 }  // namespace rfk

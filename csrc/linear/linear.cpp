@@ -40,6 +40,18 @@ void check_weight(const LinearCall& c) {
 // Integer sums and their offset stay below 2^31.
 constexpr int64_t kMostInputs = 1 << 16;
 
+// Of GGUF: whole blocks of k numbers in n rows.
+void check_blocks(const char* op, const TensorView& blocks, Gguf kind, int64_t k) {
+  with_block(kind, [&]<typename B>() {
+    check(k % B::kNumbers == 0 && blocks.dtype == DType::u8 && blocks.ndim == 2 && blocks.is_contiguous() &&
+              blocks.shape[1] == k / B::kNumbers * B::kBytes,
+          op, ": blocks must be contiguous u8[out, ", k / B::kNumbers * B::kBytes, "], ", B::kBytes,
+          " bytes for every ", B::kNumbers, " of ", k, " inputs, got ", blocks);
+    check(reinterpret_cast<uintptr_t>(blocks.data) % B::kAlign == 0, op,
+          ": blocks must begin at a multiple of ", B::kAlign, " bytes, got ", blocks, " at ", blocks.data);
+  });
+}
+
 void check_scales(const LinearCall& c) {
   const DType wide = acc_of(c.x.dtype);
   check(!c.x_scale == is_floating(c.x.dtype), kOp,
@@ -115,6 +127,17 @@ void check_out(const LinearCall& c) {
   if (c.residual) check_no_partial_overlap(kOp, c.out, *c.residual);
 }
 
+// The rest of a call whose x and weight are checked.
+void run(Stream stream, const LinearCall& c) {
+  check_scales(c);
+  check_epilogue(c);
+  check_out(c);
+  if (c.m == 0 || c.n == 0) return;
+  if (c.x.device.type == DeviceType::cpu) return linear_cpu(c);
+  if constexpr (kWithCuda) return linear_cuda(stream, c);
+  fail_without_cuda(kOp);
+}
+
 }  // namespace
 
 void linear(Stream stream, const TensorView& out, const TensorView& x, const Optional& x_scale,
@@ -128,13 +151,50 @@ void linear(Stream stream, const TensorView& out, const TensorView& x, const Opt
   check(x.ndim == 2 && weight.ndim == 2, kOp, ": x and weight must have two axes, got ", x, " and ", weight);
   read_shapes(c);
   check_weight(c);
-  check_scales(c);
-  check_epilogue(c);
-  check_out(c);
-  if (c.m == 0 || c.n == 0) return;
-  if (x.device.type == DeviceType::cpu) return linear_cpu(c);
-  if constexpr (kWithCuda) return linear_cuda(stream, c);
-  fail_without_cuda(kOp);
+  run(stream, c);
+}
+
+void linear_gguf(Stream stream, const TensorView& out, const TensorView& x, const TensorView& blocks,
+                 const Optional& weight_scale, const Optional& bias, const Optional& hidden,
+                 const Optional& up, const Optional& gate, const Optional& residual,
+                 const Optional& out_scale, const Optional& workspace, const std::string& activation,
+                 const std::string& kind) {
+  LinearCall c{.out = out,
+               .x = x,
+               .weight = blocks,
+               .weight_scale = weight_scale,
+               .bias = bias,
+               .hidden = hidden,
+               .up = up,
+               .gate = gate,
+               .residual = residual,
+               .out_scale = out_scale,
+               .workspace = workspace};
+  c.epilogue = epilogue_of(activation);
+  check(x.ndim == 2 && blocks.ndim == 2, kOp, ": x and blocks must have two axes, got ", x, " and ", blocks);
+  read_shapes(c);
+  c.storage = Storage::gguf;
+  c.gguf = gguf_of(kOp, kind);
+  check(is_floating(x.dtype) && is_matrix(x, c, c.m, c.k), kOp,
+        ": x must be floating [rows, in] with neighbours along the last axis adjacent, got ", x);
+  check_blocks(kOp, blocks, c.gguf, c.k);
+  check(blocks.device == x.device, kOp, ": blocks must be on the device of x ", x, ", got ", blocks);
+  run(stream, c);
+}
+
+void dequantize_gguf(Stream stream, const TensorView& out, const TensorView& blocks,
+                     const std::string& kind) {
+  constexpr const char* kName = "dequantize_gguf";
+  const Gguf type = gguf_of(kName, kind);
+  check(is_floating(out.dtype) && out.ndim == 2 && out.is_contiguous() && out.device == blocks.device, kName,
+        ": out must be contiguous floating [rows, numbers] on the device of blocks ", blocks, ", got ", out);
+  check_blocks(kName, blocks, type, out.shape[1]);
+  check(blocks.shape[0] == out.shape[0], kName, ": out must have the rows of blocks ", blocks, ", got ", out);
+  check_apart(kName, out, blocks);
+  if (out.numel() == 0) return;
+  if (out.device.type == DeviceType::cpu) return dequantize_gguf_cpu(out, blocks, type);
+  if constexpr (kWithCuda) return dequantize_gguf_cuda(stream, out, blocks, type);
+  fail_without_cuda(kName);
 }
 
 }  // namespace rfk

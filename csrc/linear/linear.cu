@@ -27,7 +27,8 @@ bool fits_tensor_cores(const LinearArgs& a) {
 // A few rows read the weight once, by pieces of 16 bytes.
 bool fits_rows(const LinearArgs& a) {
   return a.m <= kFewRows && a.x_storage == Storage::floating && a.x.dtype != DType::f64 &&
-         a.weight.dtype != DType::f64 && a.weight_pieces && has_whole_groups(a);
+         a.weight.dtype != DType::f64 && (a.weight_pieces || a.storage == Storage::gguf) &&
+         has_whole_groups(a);
 }
 
 }  // namespace

@@ -25,7 +25,19 @@ void linear(Stream stream, const TensorView& out, const TensorView& x, const Opt
             const Optional& residual, const Optional& out_scale, const Optional& workspace,
             const std::string& activation);
 
-// The bytes of workspace (u8, any alignment) that `linear` needs for such tensors; on CUDA none.
+// The same beside blocks of a GGUF file, u8 [n, bytes of k numbers of `kind`], aligned to 4 bytes if the size
+// of a block is, else to 2. x is floating.
+void linear_gguf(Stream stream, const TensorView& out, const TensorView& x, const TensorView& blocks,
+                 const Optional& weight_scale, const Optional& bias, const Optional& hidden,
+                 const Optional& up, const Optional& gate, const Optional& residual,
+                 const Optional& out_scale, const Optional& workspace, const std::string& activation,
+                 const std::string& kind);
+
+// out [n, k], floating: the numbers of such blocks, rounded once.
+void dequantize_gguf(Stream stream, const TensorView& out, const TensorView& blocks, const std::string& kind);
+
+// The bytes of workspace (u8, any alignment) that `linear` or `linear_gguf` needs for such tensors; on CUDA
+// none.
 int64_t linear_workspace(const TensorView& x, const TensorView& weight, const Optional& weight_scale,
                          const Optional& weight_zero, const Optional& up);
 

@@ -10,6 +10,7 @@ void linear_bf16_mma(Stream stream, const LinearArgs& args) {
     case Storage::int8: return launch_mma<Floating<bf16, Storage::int8>>(s, args);
     case Storage::e4m3: return launch_mma<Floating<bf16, Storage::e4m3>>(s, args);
     case Storage::int4: return launch_mma<Floating<bf16, Storage::int4>>(s, args);
+    case Storage::gguf: return launch_mma<Decoded<bf16>>(s, args);
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include "core/pack.h"
 #include "linear/epilogue_cpu.h"
+#include "linear/gguf_cpu.h"
 #include "linear/plan_cpu.h"
 
 namespace rfk {
@@ -202,6 +203,8 @@ template <Product P, TileShape kShape> class Linear {
     }
     if constexpr (P == Product::int8)
       std::memcpy(to, from, c_.k);
+    else if (c_.storage == Storage::gguf)
+      decode_gguf(to, from, c_.gguf, c_.k);
     else
       decode_any(to, from, c_.weight.dtype, c_.k);
   }

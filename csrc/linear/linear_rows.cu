@@ -25,11 +25,7 @@ template <typename T> struct Elements {  // float, f16, bf16
 struct Int8Elements {
   static constexpr int kCount = 16;
   static __device__ void decode(const uint4& words, float (&v)[kCount]) {
-    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)  // (2^23 + code + 128) - (2^23 + 128)
-      v[i] =
-          std::bit_cast<float>(byte_permute(w[i / 4] ^ 0x80808080, 0x4b000000, 0x7440 + i % 4)) - 8388736.0f;
+    decode_int8({words.x, words.y, words.z, words.w}, v);
   }
 };
 struct E4m3Elements {
@@ -57,6 +53,11 @@ struct Int4Elements {  // q - 8
   }
 };
 
+struct GgufElements {
+  static constexpr int kCount = 16;
+  static __device__ void decode(const Sixteen& from, float (&v)[kCount]) { decode_sixteen(from, v); }
+};
+
 // Where input k of a chunk of x lies: four floats more after every 32, so that lanes whose inputs are 16 or
 // 32 apart meet in no bank.
 __device__ __forceinline__ int padded(int k) { return k + k / 32 * 4; }
@@ -77,20 +78,38 @@ template <int M> __device__ void load_chunk(float* shared, const LinearArgs& arg
 // Sums of M rows and R columns. A lane takes E inputs of every 32 E; of four-bit codes they are of one group.
 template <typename Kind, int M, int R> struct RowSums {
   static constexpr int E = Kind::kCount, kInputs = 32 * E;
-  static constexpr bool kInt4 = E == 32;
+  static constexpr bool kInt4 = E == 32, kBlocks = std::is_same_v<Kind, GgufElements>;
+  using Words = std::conditional_t<kBlocks, Sixteen, uint4>;
   float sum[M][R] = {};
-  uint4 codes[R];
+  Words codes[R];
   const uint8_t* from;  // of the lane, in its first row, next chunk
   int column, lane;     // column: the first
   int64_t row_bytes;
 
   __device__ RowSums(const LinearArgs& args, int column) : column(column), lane(int(threadIdx.x) % 32) {
     constexpr int kBytes = Kind::kCount == 4 ? 4 : Kind::kCount == 8 ? 2 : 1;
-    from = static_cast<const uint8_t*>(args.weight.data) + column * args.weight.stride * kBytes + 16 * lane;
+    from = static_cast<const uint8_t*>(args.weight.data) + column * args.weight.stride * kBytes;
+    if (!kBlocks) from += 16 * lane;
     row_bytes = args.weight.stride * kBytes;
   }
 
   __device__ void fetch(const LinearArgs& args, int first) {
+    if constexpr (kBlocks)
+      return fetch_blocks(args, first);
+    else
+      fetch_words(args, first);
+  }
+
+  __device__ void fetch_blocks(const LinearArgs& args, int first) {
+    with_block(args.gguf, [&]<typename B>() {
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+        if (first + lane * E < args.k && column + r < args.n)
+          codes[r] = sixteen_of<B>(from + r * row_bytes, first / E + lane);
+    });
+  }
+
+  __device__ void fetch_words(const LinearArgs& args, int first) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const bool valid = first + lane * E < args.k && column + r < args.n;
@@ -100,7 +119,7 @@ template <typename Kind, int M, int R> struct RowSums {
   }
 
   // of the words that were fetched for inputs `first` on
-  __device__ void add(const LinearArgs& args, const float* x, int first, const uint4 (&words)[R]) {
+  __device__ void add(const LinearArgs& args, const float* x, int first, const Words (&words)[R]) {
     const int k = first + lane * E;
     if (k >= args.k) return;
     const float* const mine = x + padded(k % kChunk);
@@ -178,17 +197,21 @@ template <typename Kind, int M, int R> struct RowSums {
 };
 
 // Blocks on a multiprocessor at a time, by registers.
-template <int M> inline constexpr int kBlocks = M == 1 ? 8 : M <= 4 ? 6 : 3;
+template <typename Kind, int M>
+inline constexpr int kBlocks = M == 1                               ? 8
+                               : M > 4                              ? 3
+                               : std::is_same_v<Kind, GgufElements> ? 5
+                                                                    : 6;
 
 template <typename Kind, int M, int R>
-__global__ void __launch_bounds__(32 * kWarps, kBlocks<M>) linear_rows_kernel(LinearArgs args) {
+__global__ void __launch_bounds__(32 * kWarps, kBlocks<Kind, M>) linear_rows_kernel(LinearArgs args) {
   using Sums = RowSums<Kind, M, R>;
   alignas(16) __shared__ float x[M * kStride];
   Sums s(args, (int(blockIdx.x) * kWarps + int(threadIdx.x) / 32) * R);
   s.fetch(args, 0);
 #pragma unroll 1
   for (int first = 0; first < args.k; first += Sums::kInputs) {
-    uint4 words[R];
+    typename Sums::Words words[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) words[r] = s.codes[r];
     if (first % kChunk == 0) {
@@ -236,6 +259,7 @@ void linear_rows(Stream stream, const LinearArgs& args) {
     case Storage::int8: return launch_rows<Int8Elements>(s, args);
     case Storage::e4m3: return launch_rows<E4m3Elements>(s, args);
     case Storage::int4: return launch_rows<Int4Elements>(s, args);
+    case Storage::gguf: return launch_rows<GgufElements>(s, args);
     case Storage::floating: break;
   }
   if (args.weight.dtype == DType::bf16) return launch_rows<Elements<bf16>>(s, args);

@@ -145,11 +145,12 @@ __device__ __forceinline__ void multiply(Sums<typename Kind::Acc, Tile>& sums, c
                                                                x_bytes, first_row, args.m, args.x_pieces);
   PieceLoader<Tile::kColumns, Kind::kWeightBytes / 16, Tile::kThreads, kWeightElement> weight(
       args.weight.data, weight_bytes, weight_bytes, first_column, args.n, args.weight_pieces);
-  RowLoader<Kind, Tile> row;
+  std::conditional_t<kIsDecoded<Kind>, BlockLoader<Kind, Tile>, RowLoader<Kind, Tile>> row;
   const auto load = [&](int offset) {
     x.load(shared + offset, [](int r, int piece) { return Kind::x_piece(r, piece); });
-    weight.load(shared + offset + S::kX,
-                [](int r, int piece) { return Kind::weight_piece(weight_slot(r), piece); });
+    if constexpr (!kIsDecoded<Kind>)
+      weight.load(shared + offset + S::kX,
+                  [](int r, int piece) { return Kind::weight_piece(weight_slot(r), piece); });
   };
 
   const int slabs = (args.k + Kind::kInputs - 1) / Kind::kInputs;
@@ -158,7 +159,7 @@ __device__ __forceinline__ void multiply(Sums<typename Kind::Acc, Tile>& sums, c
     if (s < slabs) {
       load(s * S::kBytes);
       row.fetch(args, first_column, s);
-      row.store(shared + s * S::kBytes + S::kX + S::kWeight);
+      row.store(shared + s * S::kBytes);
     }
     cp_async_commit();
   }
@@ -182,7 +183,7 @@ __device__ __forceinline__ void multiply(Sums<typename Kind::Acc, Tile>& sums, c
       multiply_scaled<Kind, Tile>(sums, stage, w, rows, at, with_offset);
     else
       multiply_slab<Kind, Tile>(sums, stage, w, rows, at);
-    if (more) row.store(shared + writing + S::kX + S::kWeight);
+    if (more) row.store(shared + writing);
     reading = reading + S::kBytes < kRing ? reading + S::kBytes : 0;
     writing = writing + S::kBytes < kRing ? writing + S::kBytes : 0;
   }

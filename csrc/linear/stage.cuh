@@ -91,8 +91,9 @@ template <typename Kind, typename Tile> struct RowLoader {
     }
   }
 
-  __device__ void store(uint8_t* rows) const {
+  __device__ void store(uint8_t* stage) const {
     if (!kUsed || int(threadIdx.x) >= Tile::kColumns) return;
+    uint8_t* const rows = stage + Stage<Kind, Tile>::kX + Stage<Kind, Tile>::kWeight;
     float* const numbers = reinterpret_cast<float*>(rows) + threadIdx.x;
     if constexpr (kInt8) {  // [step][row]; the products are 16 times those of the codes
       numbers[0] = scale[0] * 0.0625f;
@@ -102,6 +103,33 @@ template <typename Kind, typename Tile> struct RowLoader {
       numbers[Tile::kColumns] = scale[0];
       numbers[2 * Tile::kColumns] = offset;
     }
+  }
+};
+
+// The numbers of blocks, two threads a row, in the same two steps.
+template <typename Kind, typename Tile> struct BlockLoader {
+  static_assert(Tile::kThreads >= 2 * Tile::kColumns);
+  Sixteen numbers;
+
+  __device__ void fetch(const LinearArgs& args, int first, int slab) {
+    const int row = first + int(threadIdx.x) / 2;
+    if (int(threadIdx.x) >= 2 * Tile::kColumns || row >= args.n) return;
+    const uint8_t* const blocks = static_cast<const uint8_t*>(args.weight.data) + row * args.weight.stride;
+    numbers = sixteen_of(args.gguf, blocks, 2 * slab + int(threadIdx.x) % 2);
+  }
+
+  __device__ void store(uint8_t* stage) const {
+    if (int(threadIdx.x) >= 2 * Tile::kColumns) return;
+    using T = typename Kind::Element;
+    float v[16];
+    decode_sixteen(numbers, v);
+    uint8_t* const to =
+        stage + Stage<Kind, Tile>::kX + 64 * weight_slot(threadIdx.x / 2) + 32 * (threadIdx.x % 2);
+#pragma unroll
+    for (int i = 0; i < 16; i += 8)
+      *reinterpret_cast<uint4*>(to + 2 * i) = {pair_of<T>(v[i], v[i + 1]), pair_of<T>(v[i + 2], v[i + 3]),
+                                               pair_of<T>(v[i + 4], v[i + 5]),
+                                               pair_of<T>(v[i + 6], v[i + 7])};
   }
 };
 

@@ -7,7 +7,7 @@ step of the stored type on average, which rounding to nearest drops.
 
 A quantised layer is merged through its dequantised weight and quantised again in its own format
 (`requantize`), codes rounded as asked. Merging there costs what quantising costs in accuracy; the branch
-beside it does not.
+beside it does not. Blocks of a GGUF file are not written: adapters stay beside them.
 """
 
 import zlib
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rfkernels.adapters.base import Factors, weight_of, wide
 from rfkernels.adapters.lora import concatenate, truncate
-from rfkernels.adapters.requantize import requantize
+from rfkernels.adapters.requantize import refuse_blocks, requantize
 from rfkernels.adapters.state import State, state_of
 from rfkernels.nn import LoRALinear, QuantLinear
 from rfkernels.ops.rounding import merge_low_rank, round_to
@@ -42,8 +42,8 @@ def merge_lora(
         seed: of stochastic rounding; every layer draws its own.
 
     Raises:
-        ValueError: strengths per sample, or an adapter that no weight can express (which says why). The
-            model is then as before.
+        ValueError: strengths per sample, an adapter that no weight can express (which says why), or a weight
+            in blocks of a GGUF file. The model is then as before.
     """
     state = state_of(model)
     if state is None:
@@ -60,6 +60,7 @@ def merge_lora(
             chosen = torch.tensor([n in names for n in layer.slots], device=layer.layer.unit.device)
             if not chosen.any():
                 continue
+            refuse_blocks(layer.layer.base, path)
             weight, bias = merged_weight(layer.layer, chosen, path)
             base = layer.layer.base
             state.merged[path] = _kept(base)

@@ -1,7 +1,7 @@
 """A new weight for a quantised layer, in the layer's own format and tensors."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rfkernels.nn.quant_linear import QuantLinear
 from rfkernels.ops.linear import pack_int4
@@ -9,9 +9,18 @@ from rfkernels.ops.quantize import rotate
 from rfkernels.ops.rounding import round_to
 from rfkernels.quantization import quantize_int4
 
-__all__ = ["requantize"]
+__all__ = ["refuse_blocks", "requantize"]
 
 _LIMIT = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def refuse_blocks(layer: nn.Module, name: str = "a layer") -> None:
+    """Raises for a layer on blocks of GGUF, which are those of its file."""
+    if isinstance(layer, QuantLinear) and layer.format == "gguf":
+        raise ValueError(
+            f"merge: {name} must have a weight that can be written, got blocks of a GGUF file "
+            f"({layer.kind}): leave its adapters beside it"
+        )
 
 
 @torch.no_grad()
@@ -23,7 +32,11 @@ def requantize(layer: QuantLinear, weight: Tensor, rounding: str = "nearest", se
 
     Args:
         rounding, seed: of codes, as in `ops.round_to`.
+
+    Raises:
+        ValueError: a layer on blocks of a GGUF file.
     """
+    refuse_blocks(layer)
     weight = weight.float()
     if layer.smooth is not None:
         weight = (weight - layer.proj_up.float() @ layer.proj_down.float()) * layer.smooth.float()

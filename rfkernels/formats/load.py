@@ -52,7 +52,8 @@ def read(
 ) -> Iterator[tuple[str, QuantLinear | Tensor]]:
     """What a checkpoint holds, one after the other: layers by their name, other tensors by theirs.
 
-    Weights in formats that no op multiplies (NF4, FP4, most of GGUF) come as float32 tensors.
+    Weights in formats that no op multiplies (NF4, FP4) come as float32 tensors. Layers of a GGUF file have
+    its blocks as they lie there, mapped: the file must stay as it is while they live.
 
     Args:
         source: a safetensors or GGUF file, or tensors by name; common prefixes of all names are taken off.
@@ -79,8 +80,8 @@ def load(
     Args:
         rename: from a name in the file, `L.weight` for a layer L, to that in the model; or to `Part`s that
             share its rows. By default names are the model's; `original_names(model)` knows others.
-        method: a format of `QuantLinear` for weights of linear layers that come as floating tensors;
-            `options` as in `QuantLinear.from_linear`. By default these stay `nn.Linear`.
+        method: a format of `QuantLinear` for weights of linear layers that come as floating tensors or
+            blocks of GGUF; `options` as in `QuantLinear.from_linear`. By default they stay as they come.
 
     Raises:
         ValueError: names that the model does not have, or that the file lacks; shapes that do not fit.
@@ -114,8 +115,9 @@ def _placed(
     if covered != list(range(rows)):
         raise ValueError(f"checkpoint: {name} must have {len(covered)} rows for {list(target)}, got {rows}")
     for part in target:
-        index = torch.arange(part.start, part.stop)
-        index = index.roll(len(index) // 2) if part.swap else index
+        index = slice(part.start, part.stop)
+        if part.swap:
+            index = torch.arange(part.start, part.stop).roll((part.stop - part.start) // 2)
         yield part.target, item.take_rows(index) if isinstance(item, QuantLinear) else item[index]
 
 
@@ -152,6 +154,8 @@ def _put(
         shapes = [(m.out_features, m.in_features, m.bias is not None) for m in (owner, item)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{layer} must have outputs, inputs, bias {shapes[0]}, got {shapes[1]}")
+        if method is not None and item.format == "gguf":
+            item = QuantLinear.from_linear(_expanded(item), method, name=layer, **options)
         replace(model, layer, item.to(device))
         return {target, f"{layer}.bias"} if item.bias is not None else {target}
     if isinstance(item, QuantLinear):  # an embedding, stored like a layer
@@ -160,3 +164,9 @@ def _put(
     if method is not None and leaf == "weight" and type(owner) is nn.Linear:
         replace(model, layer, QuantLinear.from_linear(owner, method, name=layer, **options))
     return {target}
+
+
+def _expanded(layer: QuantLinear) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    linear.weight, linear.bias = nn.Parameter(layer.dequantized().to(layer.dtype)), layer.bias
+    return linear

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rfkernels import ops
+from rfkernels.ops.gguf import block_of
 from rfkernels.ops.linear import dequantize_weight
 from rfkernels.ops.quantize import rotate
 from rfkernels.quantization import FORMATS, ROTATIONS, quantize_weight
@@ -19,6 +20,7 @@ _CODES = {
     "w4a16": torch.uint8,
     "w4a8": torch.uint8,
     "svdq-int4": torch.uint8,
+    "gguf": torch.uint8,
 }
 _STORED = ("weight", "weight_scale", "weight_zero", "input_scale", "smooth", "proj_down", "proj_up")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,6 +39,7 @@ class QuantLinear(nn.Module):
         w4a8          the same without zeros, or one scale per row; rotated, tokens in int8
         svdq-int4     y = (x / smooth) Q^T + (x proj_down^T) proj_up^T, Q as in w4a8 without rotation; its
                       tokens in int8, or without `quantize_input` as they are
+        gguf          `ops.linear_gguf`: blocks of a GGUF file, of the type `kind`; from files alone
 
     Codes, scales and factors keep their dtype when the module is cast; the bias changes, and `dtype`, that of
     the tokens.
@@ -52,6 +55,7 @@ class QuantLinear(nn.Module):
         *,
         rotation: int = 0,
         quantize_input: bool | None = None,
+        kind: str | None = None,
         input_scale: Tensor | None = None,
         smooth: Tensor | None = None,
         proj_down: Tensor | None = None,
@@ -59,10 +63,14 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if format not in FORMATS:
-            raise ValueError(f"QuantLinear: format must be one of {', '.join(FORMATS)}, got {format!r}")
-        always = {"fp8": False, "w4a16": False}.get(format, True)
-        self.format, self.rotation = format, rotation
+        if format not in _CODES:
+            raise ValueError(f"QuantLinear: format must be one of {', '.join(_CODES)}, got {format!r}")
+        if (kind is None) == (format == "gguf"):
+            raise ValueError(
+                f"QuantLinear {format}: kind must be given for gguf, and only there, got {kind!r}"
+            )
+        always = format not in ("fp8", "w4a16", "gguf")
+        self.format, self.rotation, self.kind = format, rotation, kind
         self.quantize_input = always if quantize_input is None else quantize_input
         given = (weight, weight_scale, weight_zero, input_scale, smooth, proj_down, proj_up)
         for name, tensor in zip(_STORED, given, strict=True):
@@ -80,13 +88,17 @@ class QuantLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1] * (2 if self.weight.dtype == torch.uint8 else 1)
+        width = self.weight.shape[1]
+        if self.kind is not None:
+            block = block_of(self.kind)
+            return width // block.bytes * block.numbers
+        return width * (2 if self.weight.dtype == torch.uint8 else 1)
 
     @property
     def group(self) -> int:
         """Inputs that share a scale; 0: all of them."""
         scale = self.weight_scale
-        grouped = self.weight.dtype == torch.uint8 and scale.ndim == 2
+        grouped = self.weight.dtype == torch.uint8 and scale is not None and scale.ndim == 2
         return self.in_features // scale.shape[1] if grouped else 0
 
     @property
@@ -119,10 +131,12 @@ class QuantLinear(nn.Module):
             "rotation": self.rotation,
             "quantize_input": self.quantize_input,
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({} if self.kind is None else {"kind": self.kind}),
         }
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}, out_features={self.out_features}, format={self.format!r}"]
+        parts += [f"kind={self.kind!r}"] if self.kind is not None else []
         parts += [f"group={self.group}"] if self.group else []
         parts += [f"rotation={self.rotation}"] if self.rotation else []
         parts += [f"rank={len(self.proj_down)}"] if self.proj_down is not None else []
@@ -162,6 +176,8 @@ class QuantLinear(nn.Module):
         epilogue["lora"] = lora
         if self.format == "fp8":
             return self._run_fp8(x, x_scale, scale, bias, epilogue)
+        if self.format == "gguf":
+            return ops.linear_gguf(x, self.weight, self.kind, bias, weight_scale=scale, **epilogue)
         if self.format == "w4a16":
             return ops.linear_w4a16(x, self.weight, scale, zero, bias, **epilogue)
         op = ops.linear_w4a8 if self.format == "w4a8" else ops.linear_int8
@@ -173,6 +189,8 @@ class QuantLinear(nn.Module):
 
     def dequantized(self) -> Tensor:
         """The weight, float32 `[out, in]`, for tokens that are neither rotated nor smoothed."""
+        if self.kind is not None:
+            return ops.dequantize_gguf(self.weight, self.kind)
         numbers = rotate(dequantize_weight(self.weight, self.weight_scale, self.weight_zero), self.rotation)
         if self.smooth is not None:
             numbers = numbers / self.smooth.float() + self.proj_up.float() @ self.proj_down.float()
@@ -182,8 +200,9 @@ class QuantLinear(nn.Module):
         """Another layer on the same tensors."""
         return QuantLinear(bias=bias, **self._tensors(), **{**self.config(), "dtype": self.dtype})
 
-    def take_rows(self, rows: Tensor) -> "QuantLinear":
-        """The layer with the outputs `rows`, an index: a part of a fused qkv, or another order."""
+    def take_rows(self, rows: Tensor | slice) -> "QuantLinear":
+        """The layer with the outputs `rows`, an index: a part of a fused qkv, or another order. Tensors of a
+        slice are views."""
         tensors = self._tensors()
         tensors["weight"] = self.weight.view(torch.uint8)[rows].view(self.weight.dtype)
         for name in ("weight_scale", "weight_zero", "proj_up"):
@@ -292,7 +311,13 @@ class QuantLinear(nn.Module):
             raise ValueError(f"QuantLinear {self.format}: rotation must be {allowed}, got {self.rotation}")
         if self.rotation and self.format not in ("int8-convrot", "w4a8"):
             raise ValueError(f"QuantLinear {self.format}: rotation must be 0, got {self.rotation}")
-        if scale is None and self.format != "fp8":
+        if self.kind is not None:
+            block = block_of(self.kind)
+            if weight.shape[1] % block.bytes:
+                raise self._wrong("weight", f"{self.kind}, [out, a multiple of {block.bytes}]", weight)
+            if scale is not None:
+                raise self._wrong("weight_scale", "absent", scale)
+        elif scale is None and self.format != "fp8":
             raise self._wrong("weight_scale", "there", scale)
         grouped = weight.dtype == torch.uint8
         if scale is not None and not (

@@ -6,6 +6,7 @@ from rfkernels.ops.attention import *
 from rfkernels.ops.attention_merge import *
 from rfkernels.ops.combine import *
 from rfkernels.ops.embedding import *
+from rfkernels.ops.gguf import *
 from rfkernels.ops.guidance import *
 from rfkernels.ops.linear import *
 from rfkernels.ops.noise import *

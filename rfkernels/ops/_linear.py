@@ -136,7 +136,7 @@ def _kernel(out, x, x_scale, *others):
     _C.linear(out, *tensors, workspace, activation)
 
 
-def _backward(grad, needs, *saved):
+def linear_backward(grad, needs, *saved):
     (x, x_scale, weight, weight_scale, weight_zero, bias, hidden, up, gate, residual) = saved[:10]
     out_scale, tokens, rotation, activation, _ = saved[10:]
     if out_scale is not None:
@@ -177,5 +177,5 @@ run_linear = define(
     _kernel,
     _empty,
     linear_reference,
-    _backward,
+    linear_backward,
 )

@@ -16,6 +16,8 @@ a low-rank branch is rounded to the dtype of `up` where x has 16 or 8 bits. On t
 widened, bfloat16 ones multiplied as they are where the CPU can.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,8 @@ __all__ = [
     "unpack_int4",
 ]
 
+_CODES = (torch.int8, torch.float8_e4m3fn)  # of tokens
+
 
 def _segments(table: Tensor, x: Tensor) -> Tensor:
     """A gate [*lead, n] with axes of x or ones as [S, n], whose row m serves rows m rows/S .. of x."""
@@ -65,6 +69,38 @@ def _matrix(t: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
+def call_on_rows(
+    run: Callable[..., Tensor],
+    x: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor] | None,
+    activation: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """`run(x, bias, hidden, up, gate, residual, out_scale, activation, dtype)` on rows of tokens."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"linear: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if x.ndim == 0:
+        raise ValueError("linear: x must be [*lead, in], got a number")
+    hidden, up = (None, None) if lora is None else lora
+    default = x.dtype if x.dtype not in _CODES else torch.bfloat16
+    out = run(
+        _matrix(x),
+        bias,
+        None if hidden is None else _matrix(hidden),
+        up,
+        None if gate is None else _segments(gate, x),
+        None if residual is None else _matrix(residual),
+        out_scale,
+        activation,
+        torch.int8 if out_scale is not None else dtype or default,
+    )
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
 def _call(
     x,
     weight,
@@ -82,11 +118,7 @@ def _call(
     rotation=0,
 ):
     """The op on rows of tokens; `tokens` is the format that floating x is quantised to."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"linear: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if x.ndim == 0:
-        raise ValueError("linear: x must be [*lead, in], got a number")
-    codes = x.dtype in (torch.int8, torch.float8_e4m3fn)
+    codes = x.dtype in _CODES
     if codes != (x_scale is not None):
         raise ValueError(
             f"linear: x_scale must be given for codes and only for them, got x {x.dtype} "
@@ -94,25 +126,22 @@ def _call(
         )
     if rotation and (codes or tokens == "as they are"):
         raise ValueError("linear: rotation belongs to floating x that is quantised here")
-    hidden, up = (None, None) if lora is None else lora
-    out = run_linear(
-        _matrix(x),
-        None if x_scale is None else x_scale.reshape(-1).contiguous(),
-        weight.contiguous() if weight.is_floating_point() else weight,
-        weight_scale,
-        weight_zero,
+    x_scale = None if x_scale is None else x_scale.reshape(-1).contiguous()
+    weight = weight.contiguous() if weight.is_floating_point() else weight
+    how = "as they are" if codes else tokens, rotation
+    return call_on_rows(
+        lambda rows, *others: run_linear(
+            rows, x_scale, weight, weight_scale, weight_zero, *others[:-2], *how, *others[-2:]
+        ),
+        x,
         bias,
-        None if hidden is None else _matrix(hidden),
-        up,
-        None if gate is None else _segments(gate, x),
-        None if residual is None else _matrix(residual),
-        out_scale,
-        "as they are" if codes else tokens,
-        rotation,
+        lora,
         activation,
-        torch.int8 if out_scale is not None else dtype or (torch.bfloat16 if codes else x.dtype),
+        gate,
+        residual,
+        out_scale,
+        dtype,
     )
-    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def linear(

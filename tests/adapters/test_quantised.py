@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench.gguf_blocks import random_blocks
 from rfkernels.adapters.load import load_lora, set_adapters, unload_lora
 from rfkernels.adapters.merge import merge_lora, unmerge_lora
 from rfkernels.adapters.requantize import requantize
@@ -32,6 +33,9 @@ def quantised(case: str, weight: torch.Tensor | None = None) -> nn.Module:
     linear = nn.Linear(IN, OUT).requires_grad_(False)
     linear.weight.copy_(randn(OUT, IN, seed=1) if weight is None else weight)
     linear.bias.copy_(randn(OUT, seed=2))
+    if case == "gguf":
+        blocks = random_blocks("Q8_0", OUT, IN)
+        return nn.ModuleDict({"fc": QuantLinear("gguf", blocks, bias=linear.bias, kind="Q8_0")})
     return nn.ModuleDict({"fc": QuantLinear.from_linear(linear, case.split()[0], **FORMATS[case])})
 
 
@@ -44,7 +48,7 @@ def delta(tensors) -> torch.Tensor:
     return tensors["fc.lora_B.weight"] @ tensors["fc.lora_A.weight"]
 
 
-@pytest.mark.parametrize("case", FORMATS)
+@pytest.mark.parametrize("case", [*FORMATS, "gguf"])
 def test_beside(case):
     """y = base(x) + w s (x A^T) B^T + bias, whatever the base does to x."""
     model, x = quantised(case), randn(3, 5, IN, seed=5).float() * 10
@@ -61,6 +65,18 @@ def test_beside(case):
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
     unload_lora(model)
     assert_untouched(model, before)
+
+
+def test_blocks_of_a_file_are_not_merged_into():
+    model, x = quantised("gguf"), randn(3, IN, seed=5).float()
+    load_lora(model, lora())
+    before, y = modules_and_bits(model), model["fc"](x)
+    with pytest.raises(ValueError, match=r"fc must have a weight that can be written, got blocks .*Q8_0"):
+        merge_lora(model)
+    assert_untouched(model, before)
+    assert torch.equal(model["fc"](x), y)
+    with pytest.raises(ValueError, match="a layer must have a weight that can be written"):
+        requantize(model["fc"].base, torch.zeros(OUT, IN))
 
 
 @pytest.mark.parametrize("case", FORMATS)

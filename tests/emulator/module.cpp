@@ -130,6 +130,25 @@ void linear(Stream stream, const TensorView& out, const TensorView& x, const Opt
   linear_cuda(stream, call);
 }
 
+void linear_gguf(Stream stream, const TensorView& out, const TensorView& x, const TensorView& blocks,
+                 const Optional& weight_scale, const Optional& bias, const Optional& hidden,
+                 const Optional& up, const Optional& gate, const Optional& residual,
+                 const Optional& out_scale, const Optional& workspace, const std::string& activation,
+                 const std::string& kind) {
+  LinearCall call{out,    x,  blocks, {},       weight_scale, {},       bias,
+                  hidden, up, gate,   residual, out_scale,    workspace};
+  call.epilogue = epilogue_of(activation);
+  read_shapes(call);
+  call.storage = Storage::gguf;
+  call.gguf = gguf_of("linear", kind);
+  linear_cuda(stream, call);
+}
+
+void dequantize_gguf(Stream stream, const TensorView& out, const TensorView& blocks,
+                     const std::string& kind) {
+  dequantize_gguf_cuda(stream, out, blocks, gguf_of("dequantize_gguf", kind));
+}
+
 std::string linear_tile(int64_t m, int64_t n, int processors, bool fp8) {
   const TileChoice choice =
       fp8 ? choose_tile<HalfWideTile>(m, n, processors) : choose_tile<WideTile>(m, n, processors);
@@ -231,6 +250,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   m.def("attention_workspace", &::attention_workspace);
   def(m, "attention_merge", &attention_merge_cuda);
   def(m, "cfg_step", &cfg_step_cuda);
+  def(m, "dequantize_gguf", &::dequantize_gguf);
   def(m, "gated_activation", &gated_activation_cuda);
   def(m, "gated_activation_backward", &gated_activation_backward_cuda);
   def(m, "gated_activation_quantize", &::gated_activation_quantize);
@@ -238,6 +258,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "gated_residual_norm_modulate", &gated_residual_norm_modulate);
   def(m, "gated_residual_norm_modulate_quantize", &gated_residual_norm_modulate_quantize);
   def(m, "linear", &::linear);
+  def(m, "linear_gguf", &::linear_gguf);
   def(m, "norm_modulate", &norm_modulate);
   def(m, "norm_modulate_quantize", &norm_modulate_quantize);
   def(m, "philox_normal", &philox_normal_cuda);

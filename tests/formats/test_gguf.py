@@ -1,41 +1,44 @@
 """GGUF: every block type to the bits of the gguf package, and files that it writes."""
 
+import copy
+import os
+import pickle
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from rfkernels.formats import load, read
+from bench.gguf_blocks import random_blocks
+from rfkernels import ops
+from rfkernels.formats import Part, load, read
 from rfkernels.formats.gguf import TYPES, read_header
+from rfkernels.formats.native import load_quantized, save_quantized
 from rfkernels.nn import QuantLinear
+from rfkernels.ops.gguf import block_of
 
 gguf = pytest.importorskip("gguf")
-BLOCKS = [kind for kind, t in TYPES.items() if t.numbers > 1]
 
 
-def blocks(kind, count, seed=0):
-    """Random blocks whose 16-bit scales are small numbers."""
-    known = TYPES[kind]
-    raw = np.random.default_rng(seed).integers(0, 256, (count, known.bytes), dtype=np.uint8)
-    halves = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}
-    halves |= {"Q4_K": (0, 2), "Q5_K": (0, 2)}
-    for at in halves.get(known.name, (0,)):
-        raw[:, at + 1] = raw[:, at + 1] & 0x83 | 0x28
-    return raw
+def theirs(blocks, kind):
+    """The numbers of blocks by the package."""
+    return torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind])).float()
 
 
-@pytest.mark.parametrize("kind", BLOCKS, ids=lambda k: TYPES[k].name)
+@pytest.mark.parametrize("kind", ops.GGUF_KINDS)
 def test_block_types_have_the_bits_of_the_package(kind):
-    known = TYPES[kind]
-    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)] == (known.numbers, known.bytes)
-    assert gguf.GGMLQuantizationType(kind).name == known.name
-    raw = blocks(kind, 50)
-    theirs = gguf.dequantize(raw, gguf.GGMLQuantizationType(kind))
-    ours = known.decode(torch.from_numpy(raw.copy()))
-    assert ours.shape == (50, known.numbers) and np.isfinite(theirs).all()
-    assert np.array_equal(
-        ours.numpy().view(np.uint32), theirs.reshape(50, -1).astype(np.float32).view(np.uint32)
-    )
+    (number,) = [n for n, name in TYPES.items() if name == kind]
+    assert gguf.GGMLQuantizationType(number).name == kind
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)] == block_of(kind)[:2]
+    blocks = random_blocks(kind, 50, 256)
+    for ours in (
+        ops.dequantize_gguf(blocks, kind),
+        ops.dequantize_gguf_reference(blocks, kind, torch.float32),
+    ):
+        assert ours.shape == (50, 256) and ours.isfinite().all()
+        assert torch.equal(ours.view(torch.int32), theirs(blocks, kind).view(torch.int32))
 
 
 def test_scales_of_six_bits_by_their_formula():
@@ -43,7 +46,7 @@ def test_scales_of_six_bits_by_their_formula():
     block = np.concatenate(
         [np.array([1, 1], np.float16).view(np.uint8), packed, np.full(128, 0x11, np.uint8)]
     )
-    numbers = TYPES[12].decode(torch.from_numpy(block[None])).view(8, 32)[:, 0]
+    numbers = ops.dequantize_gguf(torch.from_numpy(block[None]), "Q4_K").view(8, 32)[:, 0]
     b = packed.astype(int)
     for g in range(8):
         s = b[g] & 63 if g < 4 else (b[g + 4] & 15) | (b[g - 4] >> 6) << 4
@@ -92,40 +95,121 @@ def test_files(file):
     assert header.values["general.architecture"] == "flux" and header.values["a.float"] == 0.5
     assert header.values["a.list.of.words"] == ["one", "two"] and header.values["some.numbers"] == [3, 4]
     items = dict(read(path))
-    assert list(items) == ["0", "2.weight", "2.bias", "3.weight", "4.weight"]
-    layer = items["0"]
-    assert isinstance(layer, QuantLinear) and (layer.format, layer.group) == ("w4a16", 32)
-    theirs = {t.name.removeprefix("model.diffusion_model."): t for t in gguf.GGUFReader(path).tensors}
-    assert np.array_equal(
-        layer.dequantized().numpy(), gguf.dequantize(theirs["0.weight"].data, theirs["0.weight"].tensor_type)
-    )
-    assert np.array_equal(layer.bias.numpy(), written["0.bias"])
-    q8 = gguf.dequantize(theirs["2.weight"].data, theirs["2.weight"].tensor_type)
-    assert np.array_equal(items["2.weight"].numpy(), q8)
-    assert items["2.bias"].dtype == torch.float16 and items["3.weight"].dtype == torch.bfloat16
+    assert list(items) == ["0", "2", "3.weight", "4.weight"]
+    known = {t.name.removeprefix("model.diffusion_model."): t for t in gguf.GGUFReader(path).tensors}
+    for name, kind in (("0", "Q4_0"), ("2", "Q8_0")):
+        layer, stored = items[name], known[f"{name}.weight"]
+        assert isinstance(layer, QuantLinear) and (layer.format, layer.kind) == ("gguf", kind)
+        assert np.array_equal(layer.weight.numpy(), stored.data)
+        assert torch.equal(layer.dequantized(), theirs(torch.from_numpy(stored.data.copy()), kind))
+        assert np.array_equal(layer.bias.numpy(), written[f"{name}.bias"])
+    assert items["3.weight"].dtype == torch.bfloat16
     torch.testing.assert_close(items["3.weight"], torch.from_numpy(written["3.weight"]).bfloat16())
-    assert items["4.weight"].shape == (16, 4, 4)
+    assert items["4.weight"].shape == (16, 4, 4) and items["4.weight"].dtype == torch.float32
 
 
-def test_a_model_requantised_on_the_way_in(file, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_blocks_are_the_mapping_of_the_file(file):
+    path, _ = file
+    path.chmod(0o444)
+    model = nn.Sequential(nn.Linear(96, 64), nn.Identity(), nn.Linear(64, 32))
+    whole = ("3.weight", "4.weight")
+    for name, layer in read(path):
+        if name not in whole:
+            setattr(model, name, layer)
+    weight, inode = model[0].weight, str(os.stat(path).st_ino)
+    lines = [
+        line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.split()[4] == inode
+    ]
+    spans = [[int(x, 16) for x in line[0].split("-")] for line in lines]
+    inside = lambda t: any(a <= t.data_ptr() and t.data_ptr() + t.nbytes <= b for a, b in spans)
+    assert inside(weight) and inside(model[2].weight) and not inside(model[0].bias)
+    assert weight.untyped_storage().nbytes() == weight.nbytes  # what a save or a copy would take
+    part = model[0].take_rows(slice(16, 48))
+    assert inside(part.weight) and torch.equal(part.dequantized(), model[0].dequantized()[16:48])
+    header = read_header(path).tensors["model.diffusion_model.0.weight"]
+    before = path.read_bytes()
+    weight.zero_()  # a copy of the page alone
+    assert path.read_bytes() == before and any(before[header[2] : header[2] + weight.nbytes])
+
+
+@pytest.fixture
+def two(file, tmp_path):
+    """A file of two layers, what is in it, and a model of the same."""
     _, written = file
-    write(
-        tmp_path / "two.gguf",
-        [
-            (n, a, k)
-            for (n, a), k in zip(list(written.items())[:4], ("Q4_0", "F32", "Q8_0", "F16"), strict=True)
-        ],
-    )
-    x = torch.randn(5, 96)
+    kinds = ("Q4_0", "F32", "Q8_0", "F16")
+    path = tmp_path / "two.gguf"
+    write(path, [(n, a, k) for (n, a), k in zip(list(written.items())[:4], kinds, strict=True)])
+    return path, written, nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32))
+
+
+def product(written, x):
     w = lambda name: torch.from_numpy(written[name]).float()
+    return (x @ w("0.weight").T + w("0.bias")).relu() @ w("2.weight").T + w("2.bias")
+
+
+def test_a_model_on_blocks(two, tmp_path):
+    path, written, model = two
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    load(model, path)
+    assert [(model[i].format, model[i].kind, model[i].dtype) for i in (0, 2)] == [
+        ("gguf", "Q4_0", torch.float32),
+        ("gguf", "Q8_0", torch.float32),
+    ]
+    y, expected = model(x), product(written, x)
+    assert (y - expected).norm() < 0.1 * expected.norm()
+    numbers = nn.functional.linear(x, model[0].dequantized(), model[0].bias).relu()
+    numbers = nn.functional.linear(numbers, model[2].dequantized(), model[2].bias.float())
+    torch.testing.assert_close(y, numbers)
+    save_quantized(model, tmp_path / "native.safetensors")
+    again = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32))
+    load_quantized(again, tmp_path / "native.safetensors")
+    assert again[0].config() == model[0].config() and torch.equal(again(x), y)
+    assert torch.equal(model.bfloat16()[0].weight, again[0].weight)  # casts leave blocks alone
+
+
+@pytest.mark.parametrize("kind", ["Q5_0", "Q4_K"])
+def test_a_layer_on_blocks_as_a_module_of_torch(kind):
+    blocks, x = random_blocks(kind, 24, 256), torch.randn(7, 256, generator=torch.Generator().manual_seed(0))
+    layer = QuantLinear("gguf", blocks, bias=torch.ones(24), kind=kind)
+    assert (layer.in_features, layer.out_features, layer.group) == (256, 24, 0) and kind in repr(layer)
+    column, up = torch.linspace(0.5, 2, 24), torch.ones(24, 2)
+    y = layer.run(x, lora=(x[:, :2].contiguous(), up), column_scale=column, activation="relu")
+    true = x @ (layer.dequantized() * column[:, None]).T + x[:, :2] @ up.T + 1
+    torch.testing.assert_close(y, true.relu())
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.with_bias(layer.bias)):
+        assert other.config() == layer.config() and torch.equal(other(x), layer(x))
+    rows = torch.tensor([5, 0, 23])
+    torch.testing.assert_close(layer.take_rows(rows)(x), layer(x)[:, rows])
+
+
+def test_rows_of_blocks_go_to_several_layers(two):
+    path, _, _ = two
+    model = nn.ModuleDict({n: nn.Linear(96, 32) for n in "qk"} | {"o": nn.Linear(64, 32)})
+
+    def rename(name):
+        layer, _, leaf = name.partition(".")
+        if layer == "2":
+            return f"o.{leaf}"
+        return [Part(f"q.{leaf}", 0, 32), Part(f"k.{leaf}", 32, 64, swap=True)]
+
+    load(model, path, rename=rename)
+    layers = dict(read(path))
+    assert torch.equal(model["q"].weight, layers["0"].weight[:32])
+    assert torch.equal(model["k"].weight, layers["0"].weight[32:].roll(16, 0))
+    assert torch.equal(model["k"].bias, layers["0"].bias[32:].roll(16))
+    assert model["q"].kind == model["k"].kind == "Q4_0"
+
+
+def test_a_model_requantised_on_the_way_in(two):
+    path, written, _ = two
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32))
-    load(model, tmp_path / "two.gguf", method="int8-convrot")
-    assert [model[0].format, model[2].format] == ["w4a16", "int8-convrot"]
-    expected = (x @ w("0.weight").T + w("0.bias")).relu() @ w("2.weight").T + w("2.bias")
+    load(model, path, method="int8")
+    assert [model[0].format, model[2].format] == ["int8", "int8"]
+    expected = product(written, x)
     assert (model(x) - expected).norm() < 0.15 * expected.norm()
-    plain = load(nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32)), tmp_path / "two.gguf")
-    assert isinstance(plain[2], nn.Linear) and (plain(x) - expected).norm() < 0.15 * expected.norm()
 
 
 def test_refusals(file, tmp_path):
@@ -149,3 +233,24 @@ def test_refusals(file, tmp_path):
     writer.close()
     with pytest.raises(ValueError, match=r"w must be of F32, F16, .*, got type 34"):
         list(read(cut))
+
+
+BLOCKS = torch.zeros(4, 36, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "kind must be given for gguf, and only there, got None"),
+        ({"kind": "Q4_Z"}, "kind must be one of Q4_0, .*, got 'Q4_Z'"),
+        ({"kind": "Q4_K"}, r"weight must be Q4_K, \[out, a multiple of 144\], got torch.uint8 \[4, 36\]"),
+        ({"kind": "Q4_0", "weight_scale": torch.ones(4)}, "weight_scale must be absent"),
+        ({"kind": "Q4_0", "bias": torch.ones(5)}, r"bias must be \[4\]"),
+        ({"kind": "Q4_0", "rotation": 16}, "rotation must be 0"),
+    ],
+)
+def test_layers_refuse_what_does_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        QuantLinear("gguf", BLOCKS, **arguments)
+    with pytest.raises(ValueError, match="kind must be given for gguf, and only there"):
+        QuantLinear("int8", torch.zeros(4, 8, dtype=torch.int8), torch.ones(4), kind="Q4_0")
