@@ -18,6 +18,7 @@ ROOMS = (
     "embedding",
     "linear",
     "attention",
+    "moe",
     "overhead",
     "emoji",
 )
