@@ -46,7 +46,7 @@ class Call:
         rows = slots // 2 + 1 if self.indexed else slots
         weights = lambda: [self.tensor(self.n, self.k) * self.k**-0.5 for _ in range(experts)]
         biases = lambda: [self.tensor(self.n) for _ in range(experts)] if self.bias else []
-        index = torch.randint(rows, (slots,), generator=self.generator, dtype=torch.int32)
+        index = torch.randint(max(rows, 1), (slots,), generator=self.generator, dtype=torch.int32)
         self.args = {
             "x": self.placed(self.tensor(rows, self.k + self.gap))[:, : self.k],
             "weights": list(map(self.placed, weights())),
@@ -133,7 +133,7 @@ def test_products_fuzzed():
 
 def test_emulated_products_fuzzed():
     r = random.Random(1)
-    for seed in range(40):
+    for seed in range(16):
         Call(
             tuple(r.choice([0, 1, 3, 12, 13, 70]) for _ in range(r.choice([1, 2, 4]))),
             *(r.choice([1, 7, 32, 72, 130]) for _ in range(2)),
