@@ -19,6 +19,7 @@ ROOMS = (
     "linear",
     "attention",
     "models",
+    "moe",
     "overhead",
     "emoji",
 )

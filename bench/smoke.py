@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from bench import smoke_attention, smoke_linear, smoke_regions
+from bench import smoke_attention, smoke_linear, smoke_moe, smoke_regions
 from rfkernels import ops
 
 # batch, *rest: one element, a ragged tail, several blocks, frames of a video
@@ -43,6 +43,7 @@ def everything(device: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
             yield f"{name} {tuple(shape)} {dtypes[0]} {dtypes[1]}", *rest
     yield from smoke_linear.results(device)
     yield from smoke_attention.results(device)
+    yield from smoke_moe.results(device)
 
 
 def results(

@@ -34,6 +34,7 @@ PYBIND11_MODULE(_C, m) {
   rfk::python::bind_embedding(m);
   rfk::python::bind_guidance(m);
   rfk::python::bind_linear(m);
+  rfk::python::bind_moe(m);
   rfk::python::bind_noise(m);
   rfk::python::bind_norm(m);
   rfk::python::bind_rope(m);

@@ -54,6 +54,7 @@ void bind_attention(py::module_& m);
 void bind_embedding(py::module_& m);
 void bind_guidance(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_moe(py::module_& m);
 void bind_noise(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_rope(py::module_& m);

@@ -21,6 +21,16 @@ inline char* first_line(const TensorView& workspace) {
   return reinterpret_cast<char*>((base + kLine - 1) / kLine * kLine);
 }
 
+// Memory of a workspace, handed out piece by piece.
+struct Arena {
+  char* at;
+  template <typename T> T* take(int64_t bytes) {
+    T* piece = reinterpret_cast<T*>(at);
+    at += lines(bytes);
+    return piece;
+  }
+};
+
 // What a product multiplies, the word that holds them, and what sums become.
 template <typename N, typename W = uint32_t, typename Acc = float> struct NumbersOf {
   using Number = N;

@@ -1,29 +1,13 @@
 #pragma once
 
+#include "core/slab.cuh"
 #include "linear/decode.cuh"
 #include "linear/tile_choice.h"
 
-// The kinds of operands that a tensor core multiplies, and how a lane takes its part of a slab from shared
-// memory: 64 bytes of every row of x, and the same inputs of every row of the weight. Lane 4 g + t takes the
-// inputs of 16-byte piece t of rows g and g + 8 of x, by one load each, and the same inputs of row g of the
-// weight. That is two mma steps: which of the inputs is which k is free, as long as both operands agree.
+// The kinds of operands that a tensor core multiplies, and how a lane takes its part of a slab
+// (core/slab.cuh): 64 bytes of every row of x, and the same inputs of every row of the weight.
 
 namespace rfk {
-
-struct XFragment {
-  uint32_t step[2][4];
-};
-struct WeightFragment {
-  uint32_t step[2][2];
-};
-
-__device__ __forceinline__ uint4 load_words(const uint8_t* shared) {
-  return *reinterpret_cast<const uint4*>(shared);
-}
-
-__device__ __forceinline__ XFragment x_fragment(const uint32_t (&top)[4], const uint32_t (&bottom)[4]) {
-  return {{{top[0], bottom[0], top[1], bottom[1]}, {top[2], bottom[2], top[3], bottom[3]}}};
-}
 
 // XBytes of an element of x, WeightBytes of a row of the weight in a slab, RowBytes that a stage holds of a
 // row beside the weight.
@@ -40,13 +24,10 @@ template <typename Sum, int XBytes, int WeightBytes, int RowBytes = 0> struct Ki
   static __device__ int weight_piece(int slot, int piece) { return WeightBytes * slot + 16 * piece; }
 
   static __device__ XFragment load_x(const uint8_t* x, int row, int lane) {
-    const uint4 a = load_words(x + 64 * row + 16 * lane), b = load_words(x + 64 * (row + 8) + 16 * lane);
-    const uint32_t top[4] = {a.x, a.y, a.z, a.w}, bottom[4] = {b.x, b.y, b.z, b.w};
-    return x_fragment(top, bottom);
+    return load_x_slab(x, row, lane);
   }
   static __device__ WeightFragment load_whole_weight(const uint8_t* weight, int slot, int lane) {
-    const uint4 v = load_words(weight + 64 * slot + 16 * lane);
-    return {{{v.x, v.y}, {v.z, v.w}}};
+    return load_weight_slab(weight, slot, lane);
   }
 };
 

@@ -1,11 +1,8 @@
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include <algorithm>
 #include <string>
 
 #include "core/pack.h"
+#include "core/threads.h"
 #include "linear/epilogue_cpu.h"
 #include "linear/gguf_cpu.h"
 #include "linear/plan_cpu.h"
@@ -16,16 +13,6 @@ namespace {
 const char* address(const TensorView& t, int64_t row) {
   return static_cast<const char*>(t.data) + row * t.stride[0] * size_of(t.dtype);
 }
-
-// Memory handed out piece by piece.
-struct Arena {
-  char* at;
-  template <typename T> T* take(int64_t bytes) {
-    T* piece = reinterpret_cast<T*>(at);
-    at += lines(bytes);
-    return piece;
-  }
-};
 
 template <Product P, TileShape kShape> class Linear {
   using N = Numbers<P>;
@@ -48,12 +35,7 @@ template <Product P, TileShape kShape> class Linear {
   void run() {
 #pragma omp parallel num_threads(p_.threads)
     {
-#ifdef _OPENMP
-      const int thread = omp_get_thread_num();
-#else
-      const int thread = 0;
-#endif
-      Arena arena{own_ + thread * p_.own()};
+      Arena arena{own_ + thread_number() * p_.own()};
       Number* const decoded = arena.take<Number>(p_.decoded());
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < p_.row_tiles; ++t) pack_rows(t, decoded);

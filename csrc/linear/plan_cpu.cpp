@@ -1,23 +1,8 @@
 #include "linear/plan_cpu.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "core/threads.h"
 
 namespace rfk {
-namespace {
-
-int threads_for(int64_t work) {
-#ifdef _OPENMP
-  constexpr int64_t kWorth = 1 << 17;  // multiplications that outweigh waking a thread
-  return int(std::clamp<int64_t>(work / kWorth, 1, omp_in_parallel() ? 1 : omp_get_max_threads()));
-#else
-  return 1;
-#endif
-}
-
-}  // namespace
-
 LinearPlan plan_linear(const LinearCall& c) {
   const int64_t m = c.m, n = c.n, k = c.k;
   const DType x = c.x.dtype;

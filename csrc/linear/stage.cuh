@@ -7,13 +7,6 @@
 
 namespace rfk {
 
-// Where row r of the weight lies in a stage. The mma of column piece j gives lane 4 g + t columns 2 t and
-// 2 t + 1; its column g is row 8 (g / 2) + 2 j + g % 2 of 32, so that the lane has rows 8 t .. 8 t + 7 over
-// the four j, eight neighbours of the result. Rows lie in the order in which they are taken.
-__device__ __forceinline__ int weight_slot(int r) {
-  return (r & ~31) | (r >> 1 & 3) << 3 | (r >> 3 & 3) << 1 | (r & 1);
-}
-
 // A stage of the pipeline: x, then the weight, then what rows of the weight have beside it.
 template <typename Kind, typename Tile> struct Stage {
   static constexpr int kX = 64 * Tile::kRows, kWeight = Kind::kWeightBytes * Tile::kColumns;
@@ -23,16 +16,6 @@ template <typename Kind, typename Tile> struct Stage {
   static constexpr int kAll = Tile::kStages * kBytes > kLowRankBytes ? Tile::kStages * kBytes : kLowRankBytes;
   static_assert(kAll <= 48 << 10);
 };
-
-// `count` bytes, a multiple of the element size, and zeros up to 16
-template <int ElementBytes>
-__device__ __forceinline__ void copy_elements(uint8_t* shared, const uint8_t* global, int64_t count) {
-  using Element = std::conditional_t<ElementBytes == 2, uint16_t, uint8_t>;
-#pragma unroll 1
-  for (int i = 0; i < 16; i += ElementBytes)
-    *reinterpret_cast<Element*>(shared + i) =
-        i < count ? *reinterpret_cast<const Element*>(global + i) : Element(0);
-}
 
 // One thread's share of copying pieces of 16 bytes of `Rows` rows, Pieces of each, slab by slab.
 template <int Rows, int Pieces, int Threads, int ElementBytes> struct PieceLoader {

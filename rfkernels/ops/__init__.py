@@ -7,8 +7,10 @@ from rfkernels.ops.attention_merge import *
 from rfkernels.ops.combine import *
 from rfkernels.ops.embedding import *
 from rfkernels.ops.gguf import *
+from rfkernels.ops.grouped_linear import *
 from rfkernels.ops.guidance import *
 from rfkernels.ops.linear import *
+from rfkernels.ops.moe import *
 from rfkernels.ops.noise import *
 from rfkernels.ops.norm import *
 from rfkernels.ops.quantize import *

@@ -35,7 +35,8 @@ def kernels() -> list[Path]:
 def sources() -> dict[Path, list[str]]:
     """Every file of the module and the flags that are its own."""
     host = [ROOT / "csrc/core/tensor.cpp", ROOT / "csrc/core/rows.cpp", ROOT / "python/dlpack.cpp"]
-    checks = ("attention/attention.cpp", "norm/norm.cpp", "norm/gradients.cpp", "solver/combine.cpp")
+    checks = ["attention/attention.cpp", "norm/norm.cpp", "norm/gradients.cpp", "solver/combine.cpp"]
+    checks.append("moe/grouped_linear.cpp")
     whole = [ROOT / "csrc" / path for path in checks]  # ops that are called with their checks
     plain = {path: [] for path in [*host, *sorted(HERE.glob("*.cpp"))]}
     return {path: CHECKED for path in kernels()} | {path: ["-DRFK_WITH_CUDA"] for path in whole} | plain

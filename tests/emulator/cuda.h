@@ -16,6 +16,7 @@
 #define __shared__ static  // one block runs at a time; memory.cpp poisons it for each
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 #define threadIdx (::emulator::self.thread_index)

@@ -25,6 +25,7 @@
 #include "linear/call.h"
 #include "linear/tile_choice.h"
 #include "memory.h"
+#include "moe/grouped_linear.h"
 #include "noise/noise.h"
 #include "norm/norm.h"
 #include "rooms.h"
@@ -210,6 +211,8 @@ void bind_device(py::module_& m) {
 // The CPU halves of the ops that are called whole.
 void rfk::ada_norm_cpu(const AdaNormCall&) { rfk::fail("the emulator has CUDA kernels alone"); }
 
+void rfk::grouped_linear_cpu(const GroupedCall&) { rfk::fail("the emulator has CUDA kernels alone"); }
+
 void rfk::attention_cpu(const AttentionCall&) { rfk::fail("the emulator has CUDA kernels alone"); }
 
 int64_t rfk::attention_workspace_cpu(const AttentionCall&) {
@@ -257,8 +260,11 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   def(m, "gated_residual", &gated_residual);
   def(m, "gated_residual_norm_modulate", &gated_residual_norm_modulate);
   def(m, "gated_residual_norm_modulate_quantize", &gated_residual_norm_modulate_quantize);
+  def(m, "grouped_linear", &grouped_linear);
   def(m, "linear", &::linear);
   def(m, "linear_gguf", &::linear_gguf);
+  def(m, "moe_combine", &moe_combine_cuda);
+  def(m, "moe_route", &moe_route_cuda);
   def(m, "norm_modulate", &norm_modulate);
   def(m, "norm_modulate_quantize", &norm_modulate_quantize);
   def(m, "philox_normal", &philox_normal_cuda);

@@ -83,7 +83,7 @@ def test_every_cuda_file_has_run_somewhere(emulated):
         (hopper if path.stem.endswith("_sm90") else here).add(path.stem)
     parts = {f"linear_{part}" for part in ("bf16", "f16", "fma", "fp8", "int8", "rows")}
     kinds = ("bf16", "f16", "fma", "int8", "int8_bf16", "int8_f16", "e4m3", "quantize")
-    parts |= {f"attention_{part}" for part in kinds}
+    parts |= {f"attention_{part}" for part in kinds} | {"grouped_fma", "grouped_mma"}
     assert here <= set(ops.OPS) | {"noise", "ada_norm"} | parts  # files of several ops, and parts of one
     records = "".join(p.read_text() for p in ROOT.glob("bench/results/*.md"))
     assert not [stem for stem in hopper if stem not in records]

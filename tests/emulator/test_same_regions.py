@@ -44,6 +44,8 @@ def test_every_region_is_called():
     others.add("stochastic_round")  # to the bit, in bench/same_bits.py and test_emulated.py
     others.add("linear")  # compared with its definition, in bench/smoke_linear.py and test_linear.py
     others |= {"dequantize_gguf", "linear_gguf"}  # to the bit, and the same: test_linear_gguf.py
+    others |= {"moe_route", "moe_combine"}  # to the bit, in tests/ops/test_moe.py
+    others.add("grouped_linear")  # compared with its definition, in tests/ops/test_grouped_linear.py
     others.add("attention")  # the same: bench/smoke_attention.py and test_attention.py
     assert {op.name for _, op, _, _ in CALLS} == set(ops.OPS) - others
 
