@@ -206,6 +206,16 @@ void bind_device(py::module_& m) {
       "Whether the device multiplies e4m3 from now on; it does at first.");
 }
 
+void bind_products(py::module_& m) {
+  m.def("linear_tile", &linear_tile, "The tile that linear takes: wide, middle or narrow.");
+  def(m, "dequantize_gguf", &::dequantize_gguf);
+  def(m, "grouped_linear", &grouped_linear);
+  def(m, "linear", &::linear);
+  def(m, "linear_gguf", &::linear_gguf);
+  def(m, "moe_combine", &moe_combine_cuda);
+  def(m, "moe_route", &moe_route_cuda);
+}
+
 }  // namespace
 
 // The CPU halves of the ops that are called whole.
@@ -243,7 +253,7 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   bind_traffic(m);
   bind_device(m);
   bind_solver(m);
-  m.def("linear_tile", &linear_tile, "The tile that linear takes: wide, middle or narrow.");
+  bind_products(m);
 
   def(m, "activation", &activation_cuda);
   def(m, "activation_backward", &activation_backward_cuda);
@@ -253,18 +263,12 @@ PYBIND11_MODULE(rfkernels_emulated, m) {
   m.def("attention_workspace", &::attention_workspace);
   def(m, "attention_merge", &attention_merge_cuda);
   def(m, "cfg_step", &cfg_step_cuda);
-  def(m, "dequantize_gguf", &::dequantize_gguf);
   def(m, "gated_activation", &gated_activation_cuda);
   def(m, "gated_activation_backward", &gated_activation_backward_cuda);
   def(m, "gated_activation_quantize", &::gated_activation_quantize);
   def(m, "gated_residual", &gated_residual);
   def(m, "gated_residual_norm_modulate", &gated_residual_norm_modulate);
   def(m, "gated_residual_norm_modulate_quantize", &gated_residual_norm_modulate_quantize);
-  def(m, "grouped_linear", &grouped_linear);
-  def(m, "linear", &::linear);
-  def(m, "linear_gguf", &::linear_gguf);
-  def(m, "moe_combine", &moe_combine_cuda);
-  def(m, "moe_route", &moe_route_cuda);
   def(m, "norm_modulate", &norm_modulate);
   def(m, "norm_modulate_quantize", &norm_modulate_quantize);
   def(m, "philox_normal", &philox_normal_cuda);
