@@ -157,12 +157,14 @@ def sd3_problem(name: str, heads: int = 4, head_dim: int = 64, **options) -> Pro
     width = heads * head_dim
 
     def theirs(block, image, text, temb):
-        text, image = block(image, text, temb)
-        return (image,) if text is None else (image, text)
+        return tuple(out for out in block(image, text, temb) if out is not None)
+
+    def ours(block, image, text, temb):
+        return tuple(out for out in sd3.joint_block(block, image, text, temb) if out is not None)
 
     build = partial(attention.JointTransformerBlock, width, heads, head_dim, **options)
     small = QK if "qk_norm" in options else ()
-    return Problem(name, build, partial(streams, width), theirs, sd3.joint_block, small=small)
+    return Problem(name, build, partial(streams, width), theirs, ours, small=small)
 
 
 def wan_problem(name: str, per_token: bool, heads: int = 2, axes: tuple[int, ...] = (44, 42, 42)) -> Problem:
