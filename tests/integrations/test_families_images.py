@@ -10,7 +10,7 @@ from torch import nn
 from rfkernels.integrations.families.forward import Unsupported
 from tests.models.parity import cast, error, models
 
-FAMILIES = ("sd3",)
+FAMILIES = ("sd3", "qwen")
 CASES = [
     (family, case) for family in FAMILIES for case in import_module(f"tests.models.cases.{family}").CASES
 ]
@@ -85,3 +85,39 @@ def test_what_sd3_does_not_cover():
     unsupported("sd3", name, "LayerNorm", layer_norm, None, None, None)
     model.fuse_qkv_projections()
     assert "FusedJointAttnProcessor2_0" in blocks_of("sd3")[name].refusal(model.transformer_blocks[0])
+
+
+@torch.no_grad()
+def test_what_qwen_image_does_not_cover():
+    import diffusers
+
+    from tests.models.cases.qwen import CONFIG
+
+    name, none = "QwenImageTransformerBlock", (None,) * 4
+    model = diffusers.QwenImageTransformer2DModel(**CONFIG)
+    unsupported("qwen", name, "scale", model, *none, joint_attention_kwargs={"scale": 2})
+    unsupported("qwen", name, "with modulate_index", model, *none, modulate_index=torch.zeros(1, 3))
+    model = diffusers.QwenImageTransformer2DModel(**CONFIG, zero_cond_t=True)
+    unsupported("qwen", name, "without modulate_index", model, *none)
+
+
+def test_what_blocks_share_is_made_once():
+    """And again where a tensor is another one or was written to."""
+    from rfkernels.integrations.families.qwen import once
+
+    calls = []
+
+    def make(a, b, factor):
+        calls.append(factor)
+        return factor * (a + b)
+
+    a, b = torch.ones(2), torch.ones(2)
+    assert once(make, a, b, factor=2) is once(make, a, b, factor=2)
+    assert calls == [2]
+    assert once(make, a, b, factor=3).tolist() == [6, 6]
+    assert once(make, a, b.clone(), factor=3).tolist() == [6, 6]
+    b += 1
+    assert once(make, a, b, factor=3).tolist() == [9, 9]
+    a += 1
+    assert once(make, a, b, factor=3).tolist() == [12, 12]
+    assert calls == [2, 3, 3, 3, 3]

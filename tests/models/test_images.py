@@ -1,0 +1,63 @@
+"""What parity with diffusers does not see of the models of images: errors, tables made ahead."""
+
+import pytest
+import torch
+
+from rfkernels.models import qwen
+from rfkernels.models.qwen import QwenImage
+from rfkernels.models.sd3 import SD3
+from tests.models.cases import qwen as qwen_cases
+from tests.models.cases import sd3 as sd3_cases
+
+
+def made(cases, index: int = 0):
+    """A model of a case with random weights, and its inputs."""
+    case = cases.CASES[index]
+    torch.manual_seed(0)
+    return case.ours_class(**case.config, **case.ours_config).eval(), case.inputs()
+
+
+@torch.no_grad()
+def test_sd3_errors():
+    model, inputs = made(sd3_cases)
+    with pytest.raises(ValueError, match="multiples of 2, got 3 x 4"):
+        model(**inputs | {"hidden_states": torch.zeros(2, 4, 3, 4)})
+    with pytest.raises(ValueError, match="at most 12 x 12 patches have a position, got 13 x 2"):
+        model(**inputs | {"hidden_states": torch.zeros(2, 4, 26, 4)})
+    with pytest.raises(ValueError, match="qk_norm must be None or rms_norm, got 'layer_norm'"):
+        SD3(**sd3_cases.CONFIG | {"qk_norm": "layer_norm"})
+    with pytest.raises(ValueError, match="caption_projection_dim must be the width 48, got 40"):
+        SD3(**sd3_cases.CONFIG | {"caption_projection_dim": 40})
+
+
+@torch.no_grad()
+def test_qwen_errors():
+    model, inputs = made(qwen_cases)
+    for wrong, match in [
+        ({"timestep": None}, "timestep and img_shapes must be given"),
+        ({"img_shapes": None}, "timestep and img_shapes must be given"),
+        ({"img_shapes": []}, "at least one"),
+        ({"img_shapes": [[(1, 5, 7)], [(1, 7, 5)]]}, "must be the same for all samples"),
+        ({"img_shapes": [(1, 5, 6)] * 2}, r"must have 35 tokens, got \[\(1, 5, 6\)\]"),
+        ({"encoder_hidden_states_mask": torch.ones(2, 10)}, r"must be \[2, 11\], got \[2, 10\]"),
+        ({"additional_t_cond": torch.tensor([0, 1])}, "the model has no embedding of it, got one"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            model(**inputs | wrong)
+    layered = QwenImage(**qwen_cases.CONFIG, use_additional_t_cond=True)
+    with pytest.raises(ValueError, match="the model has an embedding of it, got none"):
+        layered(**inputs)
+
+
+@torch.no_grad()
+def test_qwen_takes_a_rotation_made_ahead():
+    model, inputs = made(qwen_cases)
+    rotation = model.rotation(inputs["img_shapes"], 11)
+    assert torch.equal(model(**inputs, rotation=rotation), model(**inputs))
+
+
+def test_a_mask_of_ones_is_no_bias():
+    assert qwen.text_bias(torch.ones(2, 3), torch.float32, 4) is None
+    bias = qwen.text_bias(torch.tensor([[1, 0, 1]]), torch.bfloat16, 2)
+    assert bias.dtype == torch.bfloat16
+    assert bias.tolist() == [[[[0, -torch.inf, 0, 0, 0]]]]
