@@ -10,7 +10,7 @@ from torch import nn
 from rfkernels.integrations.families.forward import Unsupported
 from tests.models.parity import cast, error, models
 
-FAMILIES = ("sd3", "qwen")
+FAMILIES = ("sd3", "qwen", "flux2")
 CASES = [
     (family, case) for family in FAMILIES for case in import_module(f"tests.models.cases.{family}").CASES
 ]
@@ -121,3 +121,34 @@ def test_what_blocks_share_is_made_once():
     a += 1
     assert once(make, a, b, factor=3).tolist() == [12, 12]
     assert calls == [2, 3, 3, 3, 3]
+
+
+@torch.no_grad()
+def test_what_flux2_does_not_cover():
+    import diffusers
+
+    from tests.models.cases.flux2 import CONFIG
+
+    double, single = "Flux2TransformerBlock", "Flux2SingleTransformerBlock"
+    model = diffusers.Flux2Transformer2DModel(**CONFIG)
+    kept, per_token = {"kv_cache_mode": "extract"}, torch.zeros(1, 3, 4)
+    unsupported("flux2", double, "kv_cache_mode", model, *(None,) * 4, joint_attention_kwargs=kept)
+    unsupported("flux2", single, "kv_cache_mode", model, *(None,) * 3, joint_attention_kwargs=kept)
+    unsupported("flux2", double, "its own modulation", model, None, None, per_token, per_token)
+    unsupported("flux2", single, "its own modulation", model, None, None, per_token)
+
+
+@torch.no_grad()
+def test_a_single_block_of_flux2_splits_its_tokens():
+    from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock
+
+    torch.manual_seed(0)
+    block, run = Flux2SingleTransformerBlock(32, 2, 16), blocks_of("flux2")["Flux2SingleTransformerBlock"].run
+    image, text, modulation = torch.randn(2, 5, 32), torch.randn(2, 3, 32), torch.randn(2, 96)
+    for arguments in (
+        (image, text, modulation, None, None, True),
+        (torch.cat([text, image], 1), None, modulation, None, None, True, 3),
+    ):
+        for ours, theirs in zip(run(block, *arguments), block(*arguments), strict=True):
+            assert ours.shape == theirs.shape
+            assert error(ours, theirs) <= 4e-6

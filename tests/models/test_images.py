@@ -6,6 +6,7 @@ import torch
 from rfkernels.models import qwen
 from rfkernels.models.qwen import QwenImage
 from rfkernels.models.sd3 import SD3
+from tests.models.cases import flux2 as flux2_cases
 from tests.models.cases import qwen as qwen_cases
 from tests.models.cases import sd3 as sd3_cases
 
@@ -61,3 +62,18 @@ def test_a_mask_of_ones_is_no_bias():
     bias = qwen.text_bias(torch.tensor([[1, 0, 1]]), torch.bfloat16, 2)
     assert bias.dtype == torch.bfloat16
     assert bias.tolist() == [[[[0, -torch.inf, 0, 0, 0]]]]
+
+
+@torch.no_grad()
+def test_flux2_errors():
+    model, inputs = made(flux2_cases)
+    with pytest.raises(ValueError, match="guidance: the model has an embedding of it, got none"):
+        model(**inputs | {"guidance": None})
+
+
+@torch.no_grad()
+def test_flux2_takes_a_rotation_made_ahead():
+    model, inputs = made(flux2_cases, 2)
+    rotation = model.rotation(inputs["img_ids"], inputs["txt_ids"])
+    without = inputs | {"img_ids": None, "txt_ids": None}
+    assert torch.equal(model(**without, rotation=rotation), model(**inputs))
