@@ -10,9 +10,17 @@ from torch import nn
 from rfkernels.integrations.families.forward import Unsupported
 from tests.models.parity import cast, error, models
 
-FAMILIES = ("sd3", "qwen", "flux2")
+FAMILIES = {
+    "sd3": "sd3",
+    "qwen": "qwen",
+    "flux2": "flux2",
+    "dit": "dit",
+    "pixart": "dit",
+}  # of cases: of blocks
 CASES = [
-    (family, case) for family in FAMILIES for case in import_module(f"tests.models.cases.{family}").CASES
+    (blocks, case)
+    for cases, blocks in FAMILIES.items()
+    for case in import_module(f"tests.models.cases.{cases}").CASES
 ]
 every_case = pytest.mark.parametrize(("family", "case"), CASES, ids=str)
 
@@ -55,12 +63,12 @@ def test_bfloat16(family, case):
     assert error(ours, exact) <= 2 * error(theirs, exact)
 
 
-@pytest.mark.parametrize("family", ["sd3"])
+@pytest.mark.parametrize("cases", ["sd3", "dit", "pixart"])
 @torch.no_grad()
-def test_float64(family):
-    """Of a model where diffusers has no norm or rotation in float32."""
-    case = import_module(f"tests.models.cases.{family}").CASES[0]
-    assert error(*outputs(case, family, torch.float64)) <= 1e-10
+def test_float64(cases):
+    """Of models where diffusers has no norm or rotation in float32."""
+    case = import_module(f"tests.models.cases.{cases}").CASES[0]
+    assert error(*outputs(case, FAMILIES[cases], torch.float64)) <= 1e-10
 
 
 def unsupported(family: str, name: str, match: str, model: nn.Module, *args, **arguments) -> None:
@@ -152,3 +160,41 @@ def test_a_single_block_of_flux2_splits_its_tokens():
         for ours, theirs in zip(run(block, *arguments), block(*arguments), strict=True):
             assert ours.shape == theirs.shape
             assert error(ours, theirs) <= 4e-6
+
+
+@torch.no_grad()
+def test_what_dit_and_pixart_do_not_cover():
+    from diffusers.models.attention import BasicTransformerBlock
+
+    name = "BasicTransformerBlock"
+    x, text = torch.zeros(2, 5, 32), torch.zeros(2, 3, 32)
+    pixart = {"cross_attention_dim": 32, "norm_type": "ada_norm_single", "norm_elementwise_affine": False}
+    pixart |= {"activation_fn": "gelu-approximate"}
+
+    def refused(match: str, options: dict, *args, **arguments):
+        unsupported("dit", name, match, BasicTransformerBlock(32, 2, 16, **options), *args, **arguments)
+
+    mask = torch.zeros(2, 1, 3)
+    refused("attention_mask was given", pixart, x, torch.zeros(2, 1, 5), text)
+    refused(r"cross_attention_kwargs \(scale\)", pixart, x, None, text, cross_attention_kwargs={"scale": 1})
+    refused("4 axes", pixart, x[:, None], None, text)
+    refused("without encoder_hidden_states", pixart, x)
+    refused("not one row per sample", pixart, x, None, text, mask[:, :, :2])
+    for match, options in [
+        ("norm_type is layer_norm", {"norm_type": "layer_norm"}),
+        ("attentions", {"cross_attention_dim": None}),
+        ("attentions", {"only_cross_attention": True}),
+        ("attentions", {"double_self_attention": True}),
+        ("affine", {"norm_elementwise_affine": True}),
+        ("positions", {"positional_embeddings": "sinusoidal", "num_positional_embeddings": 5}),
+        ("fuser", {"attention_type": "gated"}),
+        ("GEGLU", {"activation_fn": "geglu"}),
+        ("GELU, not GELU by tanh", {"activation_fn": "gelu"}),
+        ("dropout", {"dropout": 0.1}),
+    ]:
+        refused(match, pixart | options, x, None, text)
+        block = BasicTransformerBlock(32, 2, 16, **pixart | options)
+        assert match in blocks_of("dit")[name].refusal(block)
+    block = BasicTransformerBlock(32, 2, 16, **pixart)
+    block.set_chunk_feed_forward(1)
+    unsupported("dit", name, "chunked", block, x, None, text)

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from rfkernels.models import qwen
+from rfkernels.models.dit import DiT, from_diffusers
 from rfkernels.models.qwen import QwenImage
 from rfkernels.models.sd3 import SD3
+from tests.models.cases import dit as dit_cases
 from tests.models.cases import flux2 as flux2_cases
+from tests.models.cases import pixart as pixart_cases
 from tests.models.cases import qwen as qwen_cases
 from tests.models.cases import sd3 as sd3_cases
 
@@ -77,3 +80,45 @@ def test_flux2_takes_a_rotation_made_ahead():
     rotation = model.rotation(inputs["img_ids"], inputs["txt_ids"])
     without = inputs | {"img_ids": None, "txt_ids": None}
     assert torch.equal(model(**without, rotation=rotation), model(**inputs))
+
+
+@torch.no_grad()
+def test_guidance_of_three_channels():
+    """As the original has it: the second half of the latents is not read, other channels are not guided."""
+    for index in (1, 6):  # DiT with variances, SiT
+        model, inputs = made(dit_cases, index)
+        x, t, labels = inputs["hidden_states"], inputs["timestep"][:1].repeat(2), inputs["class_labels"]
+        with_class, without = model(x[:1].repeat(2, 1, 1, 1), t, labels)
+        guided = model.forward_with_cfg(x, t, labels, 4.0)
+        assert torch.equal(guided[:, 3:], torch.stack([with_class, without])[:, 3:])
+        expected = without[:3] + 4 * (with_class[:3] - without[:3])
+        torch.testing.assert_close(guided[:, :3], expected.expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match="the batch must be even, got 1"):
+        model.forward_with_cfg(x[:1], t[:1], labels[:1], 4.0)
+
+
+@torch.no_grad()
+def test_sit_leaves_variances_out():
+    model, inputs = made(dit_cases, 7)
+    assert model.proj_out_2.out_features == 4 * 8
+    assert torch.equal(model(**inputs), DiT.forward(model, **inputs)[:, :4])
+
+
+def test_embeddings_of_dit_that_differ_between_blocks():
+    name = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
+    state = {name.format(0): torch.zeros(3, 2), name.format(1): torch.zeros(3, 2), "proj": torch.ones(1)}
+    assert list(from_diffusers(state)) == ["emb.class_embedder.embedding_table.weight", "proj"]
+    state[name.format(1)] = torch.ones(3, 2)
+    with pytest.raises(ValueError, match=r"embedding_table.weight of transformer_blocks.1 differs"):
+        from_diffusers(state)
+
+
+@torch.no_grad()
+def test_pixart_errors():
+    model, inputs = made(pixart_cases)
+    with pytest.raises(ValueError, match=r"must be \[2, 11\], or have a 1 between, got \[2, 10\]"):
+        model(**inputs, encoder_attention_mask=torch.ones(2, 10))
+    model, inputs = made(pixart_cases, 6)
+    for sizes in (None, {"resolution": None, "aspect_ratio": None}):
+        with pytest.raises(ValueError, match=r"must have resolution and aspect_ratio, got \[\]"):
+            model(**inputs | {"added_cond_kwargs": sizes})
