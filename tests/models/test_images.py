@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from rfkernels.models import qwen
+from rfkernels.models.auraflow import AuraFlow
 from rfkernels.models.dit import DiT, from_diffusers
 from rfkernels.models.qwen import QwenImage
 from rfkernels.models.sd3 import SD3
+from tests.models.cases import auraflow as auraflow_cases
 from tests.models.cases import dit as dit_cases
 from tests.models.cases import flux2 as flux2_cases
 from tests.models.cases import pixart as pixart_cases
@@ -122,3 +124,14 @@ def test_pixart_errors():
     for sizes in (None, {"resolution": None, "aspect_ratio": None}):
         with pytest.raises(ValueError, match=r"must have resolution and aspect_ratio, got \[\]"):
             model(**inputs | {"added_cond_kwargs": sizes})
+
+
+@torch.no_grad()
+def test_auraflow_errors():
+    model, inputs = made(auraflow_cases)
+    with pytest.raises(ValueError, match="at most 10 x 10 patches have a position, got 11 x 2"):
+        model(**inputs | {"hidden_states": torch.zeros(2, 4, 22, 4)})
+    with pytest.raises(ValueError, match=r"patch \(2, 2\) must divide the size, got \(3, 4\)"):
+        model(**inputs | {"hidden_states": torch.zeros(2, 4, 3, 4)})
+    with pytest.raises(ValueError, match="caption_projection_dim must be the width 48, got 40"):
+        AuraFlow(**auraflow_cases.CONFIG | {"caption_projection_dim": 40})
