@@ -17,6 +17,7 @@ FAMILIES = {
     "dit": "dit",
     "pixart": "dit",
     "auraflow": "auraflow",
+    "chroma": "chroma",
 }  # of cases: of blocks
 CASES = [
     (blocks, case)
@@ -112,7 +113,7 @@ def test_what_qwen_image_does_not_cover():
 
 def test_what_blocks_share_is_made_once():
     """And again where a tensor is another one or was written to."""
-    from rfkernels.integrations.families.qwen import once
+    from rfkernels.integrations.families.once import once
 
     calls = []
 
@@ -210,3 +211,14 @@ def test_what_auraflow_does_not_cover():
     model = diffusers.AuraFlowTransformer2DModel(**CONFIG)
     for name, count in [("AuraFlowJointTransformerBlock", 3), ("AuraFlowSingleTransformerBlock", 2)]:
         unsupported("auraflow", name, "scale", model, *(None,) * count, attention_kwargs={"scale": 2})
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")
+def test_what_chroma_does_not_cover():
+    import diffusers
+
+    from tests.models.cases.chroma import CONFIG
+
+    model = diffusers.ChromaTransformer2DModel(**CONFIG)
+    for name, count in [("ChromaTransformerBlock", 3), ("ChromaSingleTransformerBlock", 2)]:
+        unsupported("chroma", name, "scale", model, *(None,) * count, joint_attention_kwargs={"scale": 2})

@@ -1,13 +1,10 @@
 """Qwen-Image of diffusers."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from rfkernels.integrations.families.forward import Forward, Unsupported, refuse
+from rfkernels.integrations.families.once import once
 from rfkernels.models import qwen
 
 __all__ = ["BLOCKS"]
@@ -47,20 +44,6 @@ def _rows(index: Tensor) -> Tensor:
     """The rows of the condition, two kinds of every sample, from the kind of every token."""
     batch = len(index)
     return torch.arange(batch, device=index.device)[:, None] + batch * (index != 0)
-
-
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def once(make: Callable[..., Any], first: Tensor, *others: Tensor, **options: Any) -> Any:
-    """`make` of tensors that a model hands to all of its blocks; made again where one is new or changed."""
-    if torch.compiler.is_compiling():
-        return make(first, *others, **options)
-    state = (make, options, [t._version for t in (first, *others)], [id(t) for t in others])
-    kept = _made.get(first)
-    if kept is None or kept[0] != state:
-        kept = _made[first] = (state, others, make(first, *others, **options))
-    return kept[2]
 
 
 BLOCKS = {
