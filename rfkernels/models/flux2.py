@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rfkernels import ops
 from rfkernels.models.layers import (
     attend,
+    beside,
     embed_time,
     finish,
     gated_residual_norm_modulate,
@@ -66,6 +67,7 @@ def single_block(block: nn.Module, x: Tensor, modulation: Tensor, rotation: Tens
     (h,) = project(norm_modulate(x, scale, shift, to=layers, **eps), *layers)
     inner = attn.heads * len(attn.norm_q.weight)
     qkv, gate_up = h.split([3 * inner, h.shape[-1] - 3 * inner], -1)
+    gate_mlp, up = gate_up.chunk(2, -1)
     q, k, v = ops.qkv_norm_rope(
         qkv,
         attn.heads,
@@ -74,8 +76,12 @@ def single_block(block: nn.Module, x: Tensor, modulation: Tensor, rotation: Tens
         rotation=rotation,
         **eps,
     )
-    y = torch.cat([attend(attn, q, k, v), ops.swiglu(gate_up)], -1)
+    y = beside(attend(attn, q, k, v), _swiglu, gate_mlp, up)
     return finish(x, y, attn.to_out, gate)
+
+
+def _swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    return ops.gated_activation(gate, "silu", up=up, out=out)
 
 
 class SwiGLU(nn.Module):
