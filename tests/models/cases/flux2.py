@@ -37,10 +37,10 @@ def case(
         return {
             "hidden_states": normal(batch, len(img_ids), 16),
             "encoder_hidden_states": normal(batch, text, 40, seed=2),
-            "timestep": torch.tensor([0.875, 0.3])[:batch],
+            "timestep": torch.tensor([0.5, 0.25])[:batch],
             "img_ids": img_ids.expand(batch, -1, -1) if batched else img_ids,
             "txt_ids": txt_ids.expand(batch, -1, -1) if batched else txt_ids,
-            "guidance": torch.tensor([3.5, 1.0])[:batch] if guided else None,
+            "guidance": torch.tensor([4.0, 1.0])[:batch] if guided else None,
         }
 
     return Case(name, "Flux2Transformer2DModel", Flux2, CONFIG | (config or {}), inputs)
