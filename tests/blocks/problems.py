@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 from diffusers.models import attention
-from diffusers.models.transformers import auraflow_transformer_2d as d_auraflow
 from diffusers.models.transformers import transformer_flux as d_flux
 from diffusers.models.transformers import transformer_flux2 as d_flux2
 from diffusers.models.transformers import transformer_hidream_image as d_hidream
@@ -15,7 +14,7 @@ from diffusers.models.transformers import transformer_z_image as d_zimage
 from torch import Tensor
 
 from rfkernels import ops
-from rfkernels.models import auraflow, dit, flux, flux2, hidream, pixart, qwen, sandwich, sd3, wan
+from rfkernels.models import dit, flux, flux2, hidream, pixart, qwen, sandwich, sd3, wan
 from tests.blocks.parity import Problem, normal, tokens
 
 __all__ = ["PROBLEMS"]
@@ -226,30 +225,6 @@ def hidream_problems(heads: int = 2, axes: tuple[int, ...] = (64, 32, 32)) -> li
     ]
 
 
-def auraflow_problems(heads: int = 2, head_dim: int = 64) -> list[Problem]:
-    width = heads * head_dim
-    joint, single = d_auraflow.AuraFlowJointTransformerBlock, d_auraflow.AuraFlowSingleTransformerBlock
-
-    def theirs(block, image, text, temb):
-        return block(image, text, temb)
-
-    def inputs():
-        return {"x": tokens(BATCH, TEXT + IMAGE, width), "temb": normal(BATCH, width)}
-
-    sizes, ours, ours_single = (width, heads, head_dim), auraflow.joint_block, auraflow.single_block
-    return [
-        Problem("auraflow-joint", partial(joint, *sizes), partial(streams, width), theirs, ours, small=QK),
-        Problem(
-            "auraflow-single",
-            partial(single, *sizes),
-            inputs,
-            lambda block, x, temb: block(x, temb),
-            ours_single,
-            small=QK,
-        ),
-    ]
-
-
 def dit_problem(heads: int = 4, head_dim: int = 72) -> Problem:
     width = heads * head_dim
 
@@ -368,7 +343,6 @@ PROBLEMS = [
     wan_problem("wan", per_token=False),
     wan_problem("wan-per-token", per_token=True),
     *hidream_problems(),
-    *auraflow_problems(),
     dit_problem(),
     pixart_problem(),
     lumina2_problem(),

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from tests.blocks import image_problems, problems
 from tests.blocks.parity import errors, run
-from tests.blocks.problems import PROBLEMS
 
+PROBLEMS = [*problems.PROBLEMS, *image_problems.PROBLEMS]
 every_block = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
 

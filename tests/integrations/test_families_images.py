@@ -18,6 +18,7 @@ FAMILIES = {
     "pixart": "dit",
     "auraflow": "auraflow",
     "chroma": "chroma",
+    "flux3": "flux3",
 }  # of cases: of blocks
 CASES = [
     (blocks, case)

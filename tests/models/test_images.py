@@ -9,8 +9,10 @@ from rfkernels.models.dit import DiT, from_diffusers
 from rfkernels.models.qwen import QwenImage
 from rfkernels.models.sd3 import SD3
 from tests.models.cases import auraflow as auraflow_cases
+from tests.models.cases import chroma as chroma_cases
 from tests.models.cases import dit as dit_cases
 from tests.models.cases import flux2 as flux2_cases
+from tests.models.cases import flux3 as flux3_cases
 from tests.models.cases import pixart as pixart_cases
 from tests.models.cases import qwen as qwen_cases
 from tests.models.cases import sd3 as sd3_cases
@@ -135,3 +137,26 @@ def test_auraflow_errors():
         model(**inputs | {"hidden_states": torch.zeros(2, 4, 3, 4)})
     with pytest.raises(ValueError, match="caption_projection_dim must be the width 48, got 40"):
         AuraFlow(**auraflow_cases.CONFIG | {"caption_projection_dim": 40})
+
+
+@torch.no_grad()
+def test_chroma():
+    model, inputs = made(chroma_cases)
+    with pytest.raises(ValueError, match=r"attention_mask: must be \[2, 46\], got \[2, 11\]"):
+        model(**inputs, attention_mask=torch.ones(2, 11))
+    rotation = model.rotation(inputs["img_ids"], inputs["txt_ids"][None])
+    without = inputs | {"img_ids": None, "txt_ids": None}
+    assert torch.equal(model(**without, rotation=rotation), model(**inputs))
+
+
+@torch.no_grad()
+def test_flux3_errors():
+    model, inputs = made(flux3_cases, 2)
+    for name in ("image_cond_ids", "image_cond_hidden_states"):
+        with pytest.raises(ValueError, match="must be given together, got one"):
+            model(**inputs | {name: None})
+    with pytest.raises(ValueError, match="the model is no flow map, got one"):
+        model(**inputs, target_timestep=torch.zeros(2))
+    model, inputs = made(flux3_cases, 3)
+    with pytest.raises(ValueError, match="the model is a flow map, got none"):
+        model(**inputs | {"target_timestep": None})
