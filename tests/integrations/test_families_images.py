@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import rfkernels
+from rfkernels.integrations.accelerate import accelerated
 from rfkernels.integrations.families.forward import Unsupported
 from tests.models.parity import cast, error, models
 
@@ -72,6 +74,25 @@ def test_float64(cases):
     """Of models where diffusers has no norm or rotation in float32."""
     case = import_module(f"tests.models.cases.{cases}").CASES[0]
     assert error(*outputs(case, FAMILIES[cases], torch.float64)) <= 1e-10
+
+
+@pytest.mark.parametrize("cases", FAMILIES)
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")
+@torch.no_grad()
+def test_accelerate(cases):
+    """All blocks that are called run ours, quantised ones too, and every bit comes back."""
+    case = import_module(f"tests.models.cases.{cases}").CASES[0]
+    model, _ = models(case)
+    inputs = case.inputs()
+    expected = case.reference(model, inputs)
+    for quant, bound in [(None, 4e-6), ({"method": "int8", "min_size": 0}, 0.05)]:
+        rfkernels.accelerate(model, quant)
+        assert error(case.reference(model, inputs), expected) <= bound
+        sites = accelerated(model).sites.values()
+        assert len(sites) >= 3 and not any(site.refusal or site.declined for site in sites)
+        assert [site.calls for site in sites].count(0) == 2 * (cases == "flux3")  # no references
+        rfkernels.restore(model)
+    assert torch.equal(case.reference(model, inputs), expected)
 
 
 def unsupported(family: str, name: str, match: str, model: nn.Module, *args, **arguments) -> None:
