@@ -1,10 +1,13 @@
 """FLUX.2 of diffusers."""
 
-from torch import Tensor
+from collections.abc import Callable
+from functools import partial
 
-from rfkernels.integrations.families.forward import Forward, Unsupported, refuse, rotation_of
+from torch import Tensor, nn
+
+from rfkernels.integrations.families.forward import Forward, refuse, rotation_of
 from rfkernels.models import flux2
-from rfkernels.models.layers import joint
+from rfkernels.models.layers import attend, joint
 
 __all__ = ["BLOCKS"]
 
@@ -18,11 +21,10 @@ def double(
     image_rotary_emb=None,
     joint_attention_kwargs=None,
 ) -> tuple[Tensor, Tensor]:
-    refuse(joint_attention_kwargs=joint_attention_kwargs)
-    refuse_tokens(temb_mod_img, temb_mod_txt)
+    image, text, modulations = hidden_states, encoder_hidden_states, (temb_mod_img, temb_mod_txt)
+    attention = attention_of(block.attn, joint_attention_kwargs, text.shape[1])
     rotation = None if image_rotary_emb is None else rotation_of(image_rotary_emb)
-    image, text = hidden_states, encoder_hidden_states
-    return flux2.double_block(block, image, text, temb_mod_img, temb_mod_txt, rotation)
+    return flux2.double_block(block, image, text, *modulations, rotation, attention=attention)
 
 
 def single(
@@ -35,26 +37,43 @@ def single(
     split_hidden_states=False,
     text_seq_len=None,
 ) -> tuple[Tensor, Tensor] | Tensor:
-    refuse(joint_attention_kwargs=joint_attention_kwargs)
-    refuse_tokens(temb_mod)
+    attention = attention_of(block.attn, joint_attention_kwargs, 0)
     rotation = None if image_rotary_emb is None else rotation_of(image_rotary_emb)
     x, text = hidden_states, text_seq_len
     if encoder_hidden_states is not None:
         x, text = joint(encoder_hidden_states, hidden_states), encoder_hidden_states.shape[1]
-    x = flux2.single_block(block, x, temb_mod, rotation)
+    x = flux2.single_block(block, x, temb_mod, rotation, attention=attention)
     return (x[:, :text], x[:, text:]) if split_hidden_states else x
 
 
-def refuse_tokens(*modulations: Tensor) -> None:
-    """Raises `Unsupported` where tokens are modulated apart, as while keys of references are extracted."""
-    if any(modulation.ndim != 2 for modulation in modulations):
-        raise Unsupported("every token has its own modulation")
+KEPT = ("kv_cache", "kv_cache_mode", "num_ref_tokens", "num_txt_tokens")
+
+
+def attention_of(attn: nn.Module, arguments: dict | None, text: int) -> Callable[..., Tensor]:
+    """The attention that a processor of klein-kv has by `joint_attention_kwargs`."""
+    arguments = arguments or {}
+    keeps = "KV" in type(getattr(attn, "processor", None)).__name__
+    refuse(joint_attention_kwargs={k: v for k, v in arguments.items() if not keeps or k not in KEPT})
+    cache, mode = arguments.get("kv_cache"), arguments.get("kv_cache_mode")
+    references = arguments.get("num_ref_tokens", 0)
+    if mode == "extract" and references > 0:
+        text = arguments.get("num_txt_tokens", text)
+        return partial(flux2.attend_first, text=text, references=references, keep=_keep(cache))
+    if mode == "cached" and cache is not None:
+        return partial(flux2.attend_later, kept=lambda _: cache.get())
+    return attend
+
+
+def _keep(cache) -> Callable[[nn.Module, tuple[Tensor, Tensor]], None]:
+    return lambda _, pair: None if cache is None else cache.store(*pair)
 
 
 REGIONS = ("norm_modulate", "qkv_norm_rope", "attention", "swiglu", "gated_residual")
 BLOCKS = {
     "Flux2TransformerBlock": Forward(
-        double, ("Flux2AttnProcessor",), (*REGIONS, "gated_residual_norm_modulate")
+        double, ("Flux2AttnProcessor", "Flux2KVAttnProcessor"), (*REGIONS, "gated_residual_norm_modulate")
     ),
-    "Flux2SingleTransformerBlock": Forward(single, ("Flux2ParallelSelfAttnProcessor",), REGIONS),
+    "Flux2SingleTransformerBlock": Forward(
+        single, ("Flux2ParallelSelfAttnProcessor", "Flux2KVParallelSelfAttnProcessor"), REGIONS
+    ),
 }
