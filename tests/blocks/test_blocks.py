@@ -29,7 +29,7 @@ def test_no_less_exact_than_diffusers_in_bfloat16(problem):
     assert worse == {}
 
 
-@pytest.mark.parametrize("name", ["flux-double-64", "wan-per-token", "lumina2"])
+@pytest.mark.parametrize("name", ["flux-double-64", "wan-per-token", "lumina2", "flux3"])
 def test_a_block_is_one_graph(name):
     (problem,) = (p for p in PROBLEMS if p.name == name)
     compiled = torch.compile(problem.ours, fullgraph=True, backend="aot_eager")
