@@ -112,11 +112,8 @@ class SD3(nn.Module):
         qk_norm: str | None = None,
     ):
         super().__init__()
-        heads, head_dim, width = (
-            num_attention_heads,
-            attention_head_dim,
-            num_attention_heads * attention_head_dim,
-        )
+        heads, head_dim = num_attention_heads, attention_head_dim
+        width = heads * head_dim
         if qk_norm not in (None, "rms_norm"):
             raise ValueError(f"SD3: qk_norm must be None or rms_norm, got {qk_norm!r}")
         if caption_projection_dim != width:
