@@ -133,7 +133,7 @@ def test_what_qwen_image_does_not_cover():
     unsupported("qwen", name, "without modulate_index", model, *none)
 
 
-def test_what_blocks_share_is_made_once():
+def test_what_blocks_share_is_made_once(monkeypatch):
     """And again where a tensor is another one or was written to."""
     from rfkernels.integrations.families.once import once
 
@@ -153,6 +153,8 @@ def test_what_blocks_share_is_made_once():
     a += 1
     assert once(make, a, b, factor=3).tolist() == [12, 12]
     assert calls == [2, 3, 3, 3, 3]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert once(make, a, b, factor=3) is not once(make, a, b, factor=3)
 
 
 @torch.no_grad()

@@ -13,8 +13,12 @@ _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def once(make: Callable[..., Any], first: Tensor, *others: Tensor, **options: Any) -> Any:
-    """`make` of the tensors; kept while the first one lives, made again where one is new or changed."""
-    if torch.compiler.is_compiling():
+    """`make` of the tensors; kept while the first one lives, made again where one is new or changed.
+
+    A graph that is recorded makes it itself: replayed, it reads what the tensors are by then.
+    """
+    capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or torch.compiler.is_compiling():
         return make(first, *others, **options)
     state = (make, options, [t._version for t in (first, *others)], [id(t) for t in others])
     kept = _made.get(first)
