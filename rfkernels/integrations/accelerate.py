@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 ATTENTIONS = ("auto", "full", "int8", "fp8", "bf16")
-FAMILIES = ("flux",)
+FAMILIES = ("auraflow", "chroma", "dit", "flux", "flux2", "flux3", "qwen", "sd3")
 _STATE = "_rfkernels_accelerated"
 
 
@@ -287,7 +287,8 @@ class BlockForward:
             return self.own(*args, **kwargs)
         if not torch.compiler.is_compiling():
             site.calls += 1
-            first = result[0] if isinstance(result, tuple) else result
+            outputs = result if isinstance(result, tuple) else (result,)
+            first = next(out for out in outputs if out is not None)  # the last text of SD3 is None
             site.device = str(first.device)
         return result
 

@@ -70,7 +70,7 @@ def gated_residual_norm_modulate(
 
 def finish(x: Tensor, tokens: Tensor, layer: nn.Module, gate: Tensor, **options) -> Tensor:
     """The end of a branch, `x + gate * layer(tokens)`: the epilogue of a quantised layer, else a region."""
-    if not options and _is_plain(layer, QuantLinear) and not _recorded(x, tokens, gate):
+    if not options and gate.ndim == 2 and _is_plain(layer, QuantLinear) and not _recorded(x, tokens, gate):
         gate = gate if gate.dtype in (x.dtype, torch.float32) else gate.to(x.dtype)
         return bounded(layer.run(tokens, gate=gate.unsqueeze(1), residual=x))
     return bounded(ops.gated_residual(x, layer(tokens), gate, **options))

@@ -14,7 +14,7 @@ from diffusers.models.transformers import transformer_z_image as d_zimage
 from torch import Tensor
 
 from rfkernels import ops
-from rfkernels.models import dit, flux, flux2, hidream, qwen, sandwich, sd3, wan
+from rfkernels.models import dit, flux, flux2, hidream, pixart, qwen, sandwich, sd3, wan
 from tests.blocks.parity import Problem, normal, tokens
 
 __all__ = ["PROBLEMS"]
@@ -157,12 +157,14 @@ def sd3_problem(name: str, heads: int = 4, head_dim: int = 64, **options) -> Pro
     width = heads * head_dim
 
     def theirs(block, image, text, temb):
-        text, image = block(image, text, temb)
-        return (image,) if text is None else (image, text)
+        return tuple(out for out in block(image, text, temb) if out is not None)
+
+    def ours(block, image, text, temb):
+        return tuple(out for out in sd3.joint_block(block, image, text, temb) if out is not None)
 
     build = partial(attention.JointTransformerBlock, width, heads, head_dim, **options)
     small = QK if "qk_norm" in options else ()
-    return Problem(name, build, partial(streams, width), theirs, sd3.joint_block, small=small)
+    return Problem(name, build, partial(streams, width), theirs, ours, small=small)
 
 
 def wan_problem(name: str, per_token: bool, heads: int = 2, axes: tuple[int, ...] = (44, 42, 42)) -> Problem:
@@ -245,8 +247,11 @@ def dit_problem(heads: int = 4, head_dim: int = 72) -> Problem:
         t, label = torch.tensor([3, 871]), torch.tensor([7, 10])
         return {"x": tokens(BATCH, IMAGE, width), "t": t, "label": label}
 
-    ours, small = dit.class_conditional_block, ("attn1.to_out",)
-    return Problem("dit", build, inputs, theirs, ours, flat=("attn1.to_k.bias",), small=small)
+    def ours(block, x, t, label):
+        return dit.class_conditional_block(block, x, block.norm1.emb(t, label, hidden_dtype=x.dtype))
+
+    flat, small = ("attn1.to_k.bias",), ("attn1.to_out",)
+    return Problem("dit", build, inputs, theirs, ours, flat=flat, small=small)
 
 
 def pixart_problem(heads: int = 4, head_dim: int = 72) -> Problem:
@@ -273,7 +278,7 @@ def pixart_problem(heads: int = 4, head_dim: int = 72) -> Problem:
         return {"x": x, "text": text, "temb": 0.5 * normal(BATCH, 6 * width)}
 
     flat = ("attn1.to_k.bias", "attn2.to_k.bias")
-    return Problem("pixart", build, inputs, theirs, dit.pixart_block, flat=flat)
+    return Problem("pixart", build, inputs, theirs, pixart.cross_block, flat=flat)
 
 
 def lumina2_problem(heads: int = 6, kv_heads: int = 2, axes: tuple[int, ...] = (32, 32, 32)) -> Problem:

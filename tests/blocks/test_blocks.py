@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from tests.blocks import image_problems, problems
 from tests.blocks.parity import errors, run
-from tests.blocks.problems import PROBLEMS
 
+PROBLEMS = [*problems.PROBLEMS, *image_problems.PROBLEMS]
 every_block = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
 
@@ -28,7 +29,7 @@ def test_no_less_exact_than_diffusers_in_bfloat16(problem):
     assert worse == {}
 
 
-@pytest.mark.parametrize("name", ["flux-double-64", "wan-per-token", "lumina2"])
+@pytest.mark.parametrize("name", ["flux-double-64", "wan-per-token", "lumina2", "flux3"])
 def test_a_block_is_one_graph(name):
     (problem,) = (p for p in PROBLEMS if p.name == name)
     compiled = torch.compile(problem.ours, fullgraph=True, backend="aot_eager")

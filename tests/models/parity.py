@@ -1,5 +1,6 @@
 """A whole small model twice, by diffusers and by ours on the same weights."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +47,11 @@ def models(case: Case, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, n
     """diffusers' model and ours with the same random weights, all of them bfloat16 numbers."""
     import diffusers
 
-    theirs = getattr(diffusers, case.theirs_class)(**case.config).eval().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # a model of diffusers may use what diffusers deprecates
+        theirs = getattr(diffusers, case.theirs_class)(**case.config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for name, p in theirs.named_parameters():
         spread = p.shape[1:].numel() ** -0.5 if p.ndim > 1 else 0.3
