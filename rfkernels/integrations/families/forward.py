@@ -52,16 +52,34 @@ _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def rotation_of(rotary: tuple[Tensor, Tensor] | Tensor) -> Tensor:
     """The `rotation` of `ops.qkv_norm_rope` from what a diffusers model hands to its blocks.
 
-    Complex numbers `[.., tokens, d/2]` are seen as it is; of (cos, sin) `[tokens, d]` with every angle twice
-    the table is made once per model call.
+    Complex numbers `[.., tokens, d/2]` are seen as it is. A table is made once per model call, of (cos, sin)
+    `[tokens, d]` or `[1, tokens, 1, d]` with every angle twice, and of matrices
+    `[batch, tokens, 1, d/2, 2, 2]`.
     """
     if isinstance(rotary, Tensor):
-        return torch.view_as_real(rotary)
-    cos, sin = rotary
-    kept = None if torch.compiler.is_compiling() else _tables.get(cos)
-    if kept is not None and kept[0] == (cos._version, sin._version) and kept[1] is sin:
-        return kept[2]
+        return torch.view_as_real(rotary) if rotary.is_complex() else _kept((rotary,), _first_columns)
+    return _kept(tuple(rotary), _pairs)
+
+
+def _pairs(cos: Tensor, sin: Tensor) -> Tensor:
     table = torch.stack([cos[..., ::2], sin[..., ::2]], -1)
+    return table[0, :, 0] if table.ndim == 5 else table
+
+
+def _first_columns(matrices: Tensor) -> Tensor:
+    """(cos, sin) of [[cos, -sin], [sin, cos]]."""
+    return matrices[:, :, 0, ..., 0].contiguous()
+
+
+def _kept(rotary: tuple[Tensor, ...], make: Callable[..., Tensor]) -> Tensor:
+    """`make` of the tensors, in float32 for 16 bits; or what it made of the same ones before."""
+    first, *others = rotary
+    kept = None if torch.compiler.is_compiling() else _tables.get(first)
+    versions = tuple(t._version for t in rotary)
+    if kept is not None and kept[0] == versions and all(a is b for a, b in zip(kept[1], others, strict=True)):
+        return kept[2]
+    table = make(*rotary)
+    table = table if table.dtype == torch.float64 else table.float()
     if not torch.compiler.is_compiling():
-        _tables[cos] = ((cos._version, sin._version), sin, table)
+        _tables[first] = (versions, others, table)
     return table

@@ -1,0 +1,55 @@
+"""A model of diffusers whose blocks run our forwards is the model."""
+
+import types
+
+import pytest
+import torch
+
+from rfkernels.integrations.families import wan
+from tests.models.cases import wan as wan_cases
+from tests.models.parity import cast, error, models
+
+FAMILIES = [(wan.BLOCKS, wan_cases.CASES)]
+
+
+def bound(model, blocks):
+    """The model with our forwards in its blocks, each of which counts its calls."""
+    calls = dict.fromkeys(blocks, 0)
+    for module in model.modules():
+        name = type(module).__name__
+        if name in blocks:
+            assert blocks[name].refusal(module) is None
+
+            def forward(block, *args, _name=name, **kwargs):
+                calls[_name] += 1
+                return blocks[_name].run(block, *args, **kwargs)
+
+            module.forward = types.MethodType(forward, module)
+    return model, calls
+
+
+every_case = pytest.mark.parametrize(
+    ("blocks", "case"),
+    [pytest.param(blocks, case, id=str(case)) for blocks, cases in FAMILIES for case in cases],
+)
+
+
+@every_case
+@torch.no_grad()
+def test_parity_in_float32(blocks, case):
+    theirs, _ = models(case)
+    exact = case.reference(theirs, case.inputs())
+    model, calls = bound(theirs, blocks)
+    assert error(case.reference(model, case.inputs()), exact) <= 4e-6
+    assert sum(calls.values()) > 0
+
+
+@every_case
+@torch.no_grad()
+def test_parity_in_bfloat16(blocks, case):
+    """Not further from the float32 result than twice diffusers' own bfloat16 run."""
+    exact = case.reference(models(case)[0], case.inputs())
+    theirs, _ = models(case, torch.bfloat16)
+    inputs = cast(case.inputs(), torch.bfloat16)
+    own = error(case.reference(theirs, inputs), exact)
+    assert error(case.reference(bound(theirs, blocks)[0], inputs), exact) <= 2 * own
