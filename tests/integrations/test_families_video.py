@@ -5,11 +5,12 @@ import types
 import pytest
 import torch
 
-from rfkernels.integrations.families import wan
+from rfkernels.integrations.families import hidream, wan
+from tests.models.cases import hidream as hidream_cases
 from tests.models.cases import wan as wan_cases
 from tests.models.parity import cast, error, models
 
-FAMILIES = [(wan.BLOCKS, wan_cases.CASES)]
+FAMILIES = [(wan.BLOCKS, wan_cases.CASES), (hidream.BLOCKS, hidream_cases.CASES)]
 
 
 def bound(model, blocks):
