@@ -5,12 +5,19 @@ import types
 import pytest
 import torch
 
-from rfkernels.integrations.families import hidream, wan
+from rfkernels.integrations.families import hidream, lumina2, wan, zimage
 from tests.models.cases import hidream as hidream_cases
+from tests.models.cases import lumina2 as lumina2_cases
 from tests.models.cases import wan as wan_cases
+from tests.models.cases import zimage as zimage_cases
 from tests.models.parity import cast, error, models
 
-FAMILIES = [(wan.BLOCKS, wan_cases.CASES), (hidream.BLOCKS, hidream_cases.CASES)]
+FAMILIES = [
+    (wan.BLOCKS, wan_cases.CASES),
+    (hidream.BLOCKS, hidream_cases.CASES),
+    (zimage.BLOCKS, zimage_cases.CASES),
+    (lumina2.BLOCKS, lumina2_cases.CASES),
+]
 
 
 def bound(model, blocks):

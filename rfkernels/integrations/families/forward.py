@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rfkernels.ops._register import accumulator
+
 __all__ = ["Forward", "Unsupported", "refuse", "rotation_of"]
 
 
@@ -49,16 +51,20 @@ def refuse(**arguments: Any) -> None:
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def rotation_of(rotary: tuple[Tensor, Tensor] | Tensor) -> Tensor:
+def rotation_of(rotary: tuple[Tensor, Tensor] | Tensor, tokens: torch.dtype = torch.float32) -> Tensor:
     """The `rotation` of `ops.qkv_norm_rope` from what a diffusers model hands to its blocks.
 
     Complex numbers `[.., tokens, d/2]` are seen as it is. A table is made once per model call, of (cos, sin)
-    `[tokens, d]` or `[1, tokens, 1, d]` with every angle twice, and of matrices
-    `[batch, tokens, 1, d/2, 2, 2]`.
+    `[tokens, d]` or `[1, tokens, 1, d]` with every angle twice, of matrices `[batch, tokens, 1, d/2, 2, 2]`,
+    and of numbers that are not of the accumulator of `tokens`, a dtype.
     """
-    if isinstance(rotary, Tensor):
-        return torch.view_as_real(rotary) if rotary.is_complex() else _kept((rotary,), _first_columns)
-    return _kept(tuple(rotary), _pairs)
+    if not isinstance(rotary, Tensor):
+        return _kept(tuple(rotary), _pairs)
+    if not rotary.is_complex():
+        return _kept((rotary,), _first_columns)
+    wide = accumulator(tokens)
+    table = torch.view_as_real(rotary)
+    return table if table.dtype == wide else _kept((rotary,), lambda z: torch.view_as_real(z).to(wide))
 
 
 def _pairs(cos: Tensor, sin: Tensor) -> Tensor:
