@@ -57,9 +57,10 @@ def gated_residual_norm_modulate(
         branch = {
             k: options.pop(k) for k in ("gate_activation", "branch_norm", "branch_weight") if k in options
         }
-        shared = {k: options[k] for k in ("index",) if k in options}
-        shared |= {"eps": options["eps"]} if branch and "eps" in options else {}
-        x = bounded(ops.gated_residual(x, y, gate, **branch, **shared))
+        branch |= {"eps": options["eps"]} if branch and "eps" in options else {}
+        index = options.pop("index", None)
+        x = bounded(ops.gated_residual(x, y, gate, index=None if gate is None else index, **branch))
+        options |= {} if scale is None and shift is None else {"index": index}
         return x, norm_modulate(x, scale, shift, to=to, **options)
     if coding := _coding(to, x):
         region = ops.gated_residual_norm_modulate_quantize

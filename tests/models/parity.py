@@ -26,6 +26,7 @@ class Case:
     wide: tuple[str, ...] = ()  # names, or parts of them, that stay float32 in a 16-bit model
     ours_config: dict[str, Any] = field(default_factory=dict)
     ours_state: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # of diffusers' state dict
+    discrete: bool = False  # it makes choices that a rounding may turn: equal in float32 alone
 
     def __str__(self) -> str:
         return self.name

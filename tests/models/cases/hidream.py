@@ -19,6 +19,8 @@ CONFIG = {
     "axes_dims_rope": (12, 6, 6),
     "max_resolution": (16, 16),
     "llama_layers": [0, 2, 3, 1, 3],
+    "num_routed_experts": 3,  # all of them, so that no rounding chooses others
+    "num_activated_experts": 3,
 }
 
 
@@ -34,14 +36,18 @@ def inputs(batch: int = 2, size=(12, 12), text=(7, 5)):
 
 def case(name: str, config: dict | None = None, **options) -> Case:
     config = CONFIG | (config or {})
-    return Case(name, "HiDreamImageTransformer2DModel", HiDream, config, lambda: inputs(**options))
+    chooses = config["num_activated_experts"] < config["num_routed_experts"]
+    made = lambda: inputs(**options)
+    return Case(name, "HiDreamImageTransformer2DModel", HiDream, config, made, discrete=chooses)
 
 
 CASES = [
     case("hidream"),
-    case("hidream, one sample, a single token", batch=1, size=(2, 2), text=(1, 1)),
+    case("hidream, samples of a single token", size=(2, 2), text=(1, 1)),
+    case("hidream, one sample", batch=1),
     case("hidream, no experts", {"num_routed_experts": 0}),
-    case("hidream, three of five experts", {"num_routed_experts": 5, "num_activated_experts": 3}),
+    case("hidream, two of four experts", {"num_routed_experts": 4, "num_activated_experts": 2}),
+    case("hidream, one of five experts", {"num_routed_experts": 5, "num_activated_experts": 1}),
     case("hidream, not square", size=(6, 14)),
     case("hidream, not square and no pads", size=(8, 32)),
     case("hidream, not square, one pad", {"max_resolution": (17, 4)}, size=(4, 16)),

@@ -45,7 +45,7 @@ def of_index(model, inputs):
 
 def case(name: str, config: dict | None = None, theirs=None, wide=WIDE, **options) -> Case:
     made = lambda: inputs(**options)
-    return Case(name, "WanTransformer3DModel", Wan, CONFIG | (config or {}), made, theirs, wide)
+    return Case(name, "WanTransformer3DModel", Wan, CONFIG | (config or {}), made, theirs, wide=wide)
 
 
 FIRST = torch.where(torch.arange(45) < 15, 0.0, 875.0)  # the first of three frames is given
@@ -78,5 +78,5 @@ CASES = [
     case("wan2.2-5b, the first frame is given", t=torch.stack([FIRST, FIRST * 0.5])),
     case("wan2.2-5b, a single frame", size=(1, 6, 10), t=torch.stack([FIRST[:15], FIRST[10:25]])),
     case("wan-pusa, times of frames", theirs=of_tokens, size=(2, 6, 10), t=FRAMES),
-    Case("wan2.2-5b, by index", "WanTransformer3DModel", Wan, CONFIG, indexed, of_index, WIDE),
+    Case("wan2.2-5b, by index", "WanTransformer3DModel", Wan, CONFIG, indexed, of_index, wide=WIDE),
 ]
