@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 ATTENTIONS = ("auto", "full", "int8", "fp8", "bf16")
-FAMILIES = ("flux",)
+FAMILIES = ("flux", "hidream", "lumina2", "wan", "zimage")
 _STATE = "_rfkernels_accelerated"
 
 

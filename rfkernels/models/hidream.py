@@ -361,4 +361,4 @@ def _pad(x: Tensor, at: int, pads: int, text: int) -> tuple[Tensor, Tensor] | tu
     if not pads:
         return None, None
     keys = torch.arange(x.shape[1] + text, device=x.device)[None] == at
-    return ~keys, keys[:, None, None] * math.log(pads)
+    return ~keys, keys[:, None, None].to(accumulator(x.dtype)) * math.log(pads)

@@ -1,11 +1,13 @@
 """A model of diffusers whose blocks run our forwards is the model."""
 
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rfkernels.integrations.families import hidream, lumina2, wan, zimage
+from rfkernels.integrations.families.forward import Unsupported
 from tests.models.cases import hidream as hidream_cases
 from tests.models.cases import lumina2 as lumina2_cases
 from tests.models.cases import wan as wan_cases
@@ -58,3 +60,25 @@ def test_parity_in_bfloat16(blocks, case):
     inputs = cast(case.inputs(), torch.bfloat16)
     own = error(case.reference(theirs, inputs), exact)
     assert error(case.reference(bound(theirs, blocks)[0], inputs), exact) <= 2 * own
+
+
+@pytest.mark.parametrize(("blocks", "cases"), FAMILIES, ids=["wan", "hidream", "z-image", "lumina2"])
+@torch.no_grad()
+def test_float64(blocks, cases):
+    """diffusers rotates in float32."""
+    case = replace(cases[0], wide=())
+    theirs, _ = models(case, torch.float64)
+    inputs = cast(case.inputs(), torch.float64)
+    exact = case.reference(theirs, inputs)
+    model, calls = bound(theirs, blocks)
+    assert error(case.reference(model, inputs), exact) <= 1e-6 and sum(calls.values()) > 0
+
+
+def test_a_rotation_of_half_a_head_is_refused():
+    import diffusers
+
+    config = hidream_cases.CONFIG | {"axes_dims_rope": (6, 4, 2)}
+    model, calls = bound(diffusers.HiDreamImageTransformer2DModel(**config).eval(), hidream.BLOCKS)
+    with pytest.raises(Unsupported, match="12 of 24 channels of a head are rotated"):
+        model(**hidream_cases.inputs())
+    assert sum(calls.values()) == 1

@@ -51,20 +51,20 @@ def refuse(**arguments: Any) -> None:
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def rotation_of(rotary: tuple[Tensor, Tensor] | Tensor, tokens: torch.dtype = torch.float32) -> Tensor:
+def rotation_of(rotary: tuple[Tensor, Tensor] | Tensor, tokens: torch.dtype | None = None) -> Tensor:
     """The `rotation` of `ops.qkv_norm_rope` from what a diffusers model hands to its blocks.
 
-    Complex numbers `[.., tokens, d/2]` are seen as it is. A table is made once per model call, of (cos, sin)
+    Complex numbers `[.., tokens, d/2]` are seen as it is. A table is made once per model call: of (cos, sin)
     `[tokens, d]` or `[1, tokens, 1, d]` with every angle twice, of matrices `[batch, tokens, 1, d/2, 2, 2]`,
-    and of numbers that are not of the accumulator of `tokens`, a dtype.
+    and where it is not of the dtype that `tokens` need.
     """
+    wide = None if tokens is None else accumulator(tokens)
     if not isinstance(rotary, Tensor):
-        return _kept(tuple(rotary), _pairs)
+        return _kept(_pairs, wide, *rotary)
     if not rotary.is_complex():
-        return _kept((rotary,), _first_columns)
-    wide = accumulator(tokens)
+        return _kept(_first_columns, wide, rotary)
     table = torch.view_as_real(rotary)
-    return table if table.dtype == wide else _kept((rotary,), lambda z: torch.view_as_real(z).to(wide))
+    return table if wide in (None, table.dtype) else _kept(torch.view_as_real, wide, rotary)
 
 
 def _pairs(cos: Tensor, sin: Tensor) -> Tensor:
@@ -77,15 +77,14 @@ def _first_columns(matrices: Tensor) -> Tensor:
     return matrices[:, :, 0, ..., 0].contiguous()
 
 
-def _kept(rotary: tuple[Tensor, ...], make: Callable[..., Tensor]) -> Tensor:
-    """`make` of the tensors, in float32 for 16 bits; or what it made of the same ones before."""
-    first, *others = rotary
+def _kept(make: Callable[..., Tensor], wide: torch.dtype | None, first: Tensor, *others: Tensor) -> Tensor:
+    """`make` of the tensors as `wide`, at least float32; or what was made of the same ones before."""
     kept = None if torch.compiler.is_compiling() else _tables.get(first)
-    versions = tuple(t._version for t in rotary)
-    if kept is not None and kept[0] == versions and all(a is b for a, b in zip(kept[1], others, strict=True)):
+    state = (wide, first._version, *(t._version for t in others))
+    if kept is not None and kept[0] == state and all(a is b for a, b in zip(kept[1], others, strict=True)):
         return kept[2]
-    table = make(*rotary)
-    table = table if table.dtype == torch.float64 else table.float()
+    table = make(first, *others)
+    table = table.to(wide or accumulator(table.dtype))
     if not torch.compiler.is_compiling():
-        _tables[first] = (versions, others, table)
+        _tables[first] = (state, others, table)
     return table

@@ -1,5 +1,6 @@
 """HiDream-I1 of diffusers."""
 
+import torch
 from torch import Tensor
 
 from rfkernels.integrations.families.forward import Forward, Unsupported, rotation_of
@@ -16,7 +17,7 @@ def double(
     temb=None,
     image_rotary_emb=None,
 ) -> tuple[Tensor, Tensor]:
-    rotation = rotation_of_all(block, image_rotary_emb)
+    rotation = rotation_of_all(block, image_rotary_emb, hidden_states.dtype)
     return hidream.double_block(
         block, hidden_states, encoder_hidden_states, temb, rotation, hidden_states_masks
     )
@@ -30,15 +31,15 @@ def single(
     temb=None,
     image_rotary_emb=None,
 ) -> Tensor:
-    rotation = rotation_of_all(block, image_rotary_emb)
+    rotation = rotation_of_all(block, image_rotary_emb, hidden_states.dtype)
     return hidream.single_block(block, hidden_states, temb, rotation, hidden_states_masks)
 
 
-def rotation_of_all(block, matrices: Tensor) -> Tensor:
+def rotation_of_all(block, matrices: Tensor, tokens: torch.dtype) -> Tensor:
     head_dim = block.attn1.to_q.out_features // block.attn1.heads
     if 2 * matrices.shape[-3] != head_dim:
         raise Unsupported(f"{2 * matrices.shape[-3]} of {head_dim} channels of a head are rotated")
-    return rotation_of(matrices)
+    return rotation_of(matrices, tokens)
 
 
 REGIONS = (

@@ -11,7 +11,7 @@ TEXT = 512  # tokens; those of an image stand before them
 
 
 def video(block, hidden_states, encoder_hidden_states, temb, rotary_emb) -> Tensor:
-    rotation = None if rotary_emb is None else rotation_of(rotary_emb)
+    rotation = None if rotary_emb is None else rotation_of(rotary_emb, hidden_states.dtype)
     text, image = encoder_hidden_states, None
     if block.attn2.add_k_proj is not None:
         image, text = text.tensor_split([text.shape[1] - TEXT], 1)

@@ -19,7 +19,7 @@ def single(
     adaln_noisy=None,
     adaln_clean=None,
 ) -> Tensor:
-    rotation = None if freqs_cis is None else rotation_of(freqs_cis)
+    rotation = None if freqs_cis is None else rotation_of(freqs_cis, x.dtype)
     bias = attn_mask[:, None, None] if attn_mask is not None and attn_mask.ndim == 2 else attn_mask
     temb, index = adaln_input, None
     if block.modulation and noise_mask is not None:  # rows of clean tokens, then of noisy ones
