@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rfkernels import ops
 from rfkernels.models.layers import (
     attend,
+    bounded,
     embed_time,
     finish,
     gated_residual_norm_modulate,
@@ -78,7 +79,7 @@ def video_block(
 
     attn = block.attn2
     if isinstance(block.norm2, nn.Identity):
-        x = n = ops.gated_residual(x, y, gate, index=index)
+        x = n = bounded(ops.gated_residual(x, y, gate, index=index))
     else:
         norm = block.norm2
         affine = {"weight": norm.weight.to(gate.dtype), "bias": norm.bias.to(gate.dtype), "eps": norm.eps}
@@ -92,7 +93,7 @@ def video_block(
 
     up, eps = (block.ffn.net[0].proj,), block.norm3.eps
     x, n = gated_residual_norm_modulate(x, y, None, scale_mlp, shift_mlp, index=index, eps=eps, to=up)
-    options = {} if index is None and gate_mlp.ndim == 2 else {"index": index}
+    options = {} if index is None and gate_mlp.ndim == 2 else {"index": index}  # none: one row a sample
     return finish(x, *gelu_mlp(n, block.ffn), gate_mlp, **options)
 
 
