@@ -39,7 +39,8 @@ __all__ = [
 ]
 
 ATTENTIONS = ("auto", "full", "int8", "fp8", "bf16")
-FAMILIES = ("auraflow", "chroma", "dit", "flux", "flux2", "flux3", "qwen", "sd3")
+FAMILIES = ("auraflow", "chroma", "dit", "flux", "flux2", "flux3", "hidream", "lumina2", "qwen", "sd3", "wan")
+FAMILIES += ("zimage",)
 _STATE = "_rfkernels_accelerated"
 
 

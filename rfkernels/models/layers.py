@@ -57,9 +57,10 @@ def gated_residual_norm_modulate(
         branch = {
             k: options.pop(k) for k in ("gate_activation", "branch_norm", "branch_weight") if k in options
         }
-        shared = {k: options[k] for k in ("index",) if k in options}
-        shared |= {"eps": options["eps"]} if branch and "eps" in options else {}
-        x = bounded(ops.gated_residual(x, y, gate, **branch, **shared))
+        branch |= {"eps": options["eps"]} if branch and "eps" in options else {}
+        index = options.pop("index", None)
+        x = bounded(ops.gated_residual(x, y, gate, index=None if gate is None else index, **branch))
+        options |= {} if scale is None and shift is None else {"index": index}
         return x, norm_modulate(x, scale, shift, to=to, **options)
     if coding := _coding(to, x):
         region = ops.gated_residual_norm_modulate_quantize
@@ -83,13 +84,21 @@ def project(x: Tensor | Codes, *layers: nn.Module) -> tuple[Tensor, ...]:
     return tuple(layer(x) for layer in layers)
 
 
-def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def attend(
+    attn: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v as `[batch, tokens, heads d]`; q, k, v `[batch, tokens, heads, d]`.
 
-    In the precision `attn.precision` of `ops.attention`, where the module has one.
+    In the precision `attn.precision` of `ops.attention`, where the module has one. Keys of a sample from
+    `key_lengths` `[batch]` on are padding.
     """
-    precision = getattr(attn, "precision", "full")
-    return ops.attention(q, k, v, bias=bias, layout="blhd", precision=precision).flatten(2)
+    options = {"bias": bias, "key_lengths": key_lengths, "precision": getattr(attn, "precision", "full")}
+    return ops.attention(q, k, v, layout="blhd", **options).flatten(2)
 
 
 def gelu_mlp(x: Tensor | Codes, ff: nn.Module) -> tuple[Tensor, nn.Module]:

@@ -85,10 +85,10 @@ class _Projected(nn.Module):
 class FeedForward(nn.Module):
     """diffusers' FeedForward with a GELU: `net.0.proj`, `net.2`."""
 
-    def __init__(self, width: int, hidden: int | None = None):
+    def __init__(self, width: int, hidden: int | None = None, out: int | None = None):
         super().__init__()
         hidden = hidden or 4 * width
-        self.net = nn.ModuleList([_Projected(width, hidden), nn.Identity(), nn.Linear(hidden, width)])
+        self.net = nn.ModuleList([_Projected(width, hidden), nn.Identity(), nn.Linear(hidden, out or width)])
 
 
 class SwiGLU(nn.Module):

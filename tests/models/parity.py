@@ -27,6 +27,7 @@ class Case:
     wide: tuple[str, ...] = ()  # names, or parts of them, that stay float32 in a 16-bit model
     ours_config: dict[str, Any] = field(default_factory=dict)
     ours_state: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # of diffusers' state dict
+    discrete: bool = False  # it makes choices that a rounding may turn: equal in float32 alone
 
     def __str__(self) -> str:
         return self.name
@@ -74,14 +75,18 @@ def cast(inputs: dict, dtype: torch.dtype) -> dict:
     def one(name: str, value: Any) -> Any:
         if isinstance(value, list):
             return [one(name, v) for v in value]
-        moves = (
-            isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2 - ("pooled" in name)
-        )
+        if isinstance(value, dict):
+            return {key: one(name, v) for key, v in value.items()}
+        axes = 1 if "pooled" in name or "feats" in name else 2
+        moves = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > axes
         return value.to(dtype) if moves else value
 
     return {name: one(name, value) for name, value in inputs.items()}
 
 
-def error(result: Tensor, expected: Tensor) -> float:
-    """|result - expected| / |expected|"""
+def error(result: Tensor | list[Tensor], expected: Tensor | list[Tensor]) -> float:
+    """|result - expected| / |expected|, of lists of tensors as one."""
+    if isinstance(expected, list):
+        assert [r.shape for r in result] == [e.shape for e in expected]
+        result, expected = (torch.cat([t.flatten() for t in tensors]) for tensors in (result, expected))
     return float((result.double() - expected.double()).norm() / expected.double().norm())

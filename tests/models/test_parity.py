@@ -15,15 +15,15 @@ PAGE = Path(__file__).parents[2] / "docs/models.md"
 FAMILIES = sorted(module.name for module in pkgutil.iter_modules(cases.__path__))
 CASES = [case for name in FAMILIES for case in import_module(f"tests.models.cases.{name}").CASES]
 LINES = re.findall(r"^\| (.+?) \| ([\d.e-]+) \| ([\d.e-]+) \| ([\d.e-]+) \|$", PAGE.read_text(), re.M)
-LISTED = {name: [float(e) for e in errors] for name, *errors in LINES}
+LISTED = {name: [float(e) for e in errors if e != "-"] for name, *errors in LINES}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parity(case):
     """Not further in bfloat16 than twice diffusers' own run of it; and what the page says."""
-    wide, narrow, theirs = found = measured(case)
+    wide, *narrow = found = measured(case)
     assert wide <= 4e-6
-    assert narrow <= 2 * theirs
+    assert case.discrete or narrow[0] <= 2 * narrow[1]
     assert all(e <= 3 * listed + 1e-8 for e, listed in zip(found, LISTED[str(case)], strict=True))
 
 

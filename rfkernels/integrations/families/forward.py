@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rfkernels.ops._register import accumulator
+
 __all__ = ["Forward", "Unsupported", "refuse", "rotation_of"]
 
 
@@ -49,19 +51,40 @@ def refuse(**arguments: Any) -> None:
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def rotation_of(rotary: tuple[Tensor, Tensor] | Tensor) -> Tensor:
+def rotation_of(rotary: tuple[Tensor, Tensor] | Tensor, tokens: torch.dtype | None = None) -> Tensor:
     """The `rotation` of `ops.qkv_norm_rope` from what a diffusers model hands to its blocks.
 
-    Complex numbers `[.., tokens, d/2]` are seen as it is; of (cos, sin) `[tokens, d]` with every angle twice
-    the table is made once per model call.
+    Complex numbers `[.., tokens, d/2]` are seen as it is. A table is made once per model call: of (cos, sin)
+    `[tokens, d]` or `[1, tokens, 1, d]` with every angle twice, of matrices `[batch, tokens, 1, d/2, 2, 2]`,
+    and where it is not of the dtype that `tokens` need.
     """
-    if isinstance(rotary, Tensor):
-        return torch.view_as_real(rotary)
-    cos, sin = rotary
-    kept = None if torch.compiler.is_compiling() else _tables.get(cos)
-    if kept is not None and kept[0] == (cos._version, sin._version) and kept[1] is sin:
-        return kept[2]
+    wide = None if tokens is None else accumulator(tokens)
+    if not isinstance(rotary, Tensor):
+        return _kept(_pairs, wide, *rotary)
+    if not rotary.is_complex():
+        return _kept(_first_columns, wide, rotary)
+    table = torch.view_as_real(rotary)
+    return table if wide in (None, table.dtype) else _kept(torch.view_as_real, wide, rotary)
+
+
+def _pairs(cos: Tensor, sin: Tensor) -> Tensor:
     table = torch.stack([cos[..., ::2], sin[..., ::2]], -1)
+    return table[0, :, 0] if table.ndim == 5 else table
+
+
+def _first_columns(matrices: Tensor) -> Tensor:
+    """(cos, sin) of [[cos, -sin], [sin, cos]]."""
+    return matrices[:, :, 0, ..., 0].contiguous()
+
+
+def _kept(make: Callable[..., Tensor], wide: torch.dtype | None, first: Tensor, *others: Tensor) -> Tensor:
+    """`make` of the tensors as `wide`, at least float32; or what was made of the same ones before."""
+    kept = None if torch.compiler.is_compiling() else _tables.get(first)
+    state = (wide, first._version, *(t._version for t in others))
+    if kept is not None and kept[0] == state and all(a is b for a, b in zip(kept[1], others, strict=True)):
+        return kept[2]
+    table = make(first, *others)
+    table = table.to(wide or accumulator(table.dtype))
     if not torch.compiler.is_compiling():
-        _tables[cos] = ((cos._version, sin._version), sin, table)
+        _tables[first] = (state, others, table)
     return table
