@@ -73,6 +73,7 @@ def load(
     *,
     rename: Rename | None = None,
     method: str | None = None,
+    drop: Callable[[str], bool] = lambda name: False,
     **options,
 ) -> nn.Module:
     """Loads a checkpoint into a model, in place; the model may be on "meta".
@@ -82,6 +83,7 @@ def load(
             share its rows. By default names are the model's; `original_names(model)` knows others.
         method: a format of `QuantLinear` for weights of linear layers that come as floating tensors or
             blocks of GGUF; `options` as in `QuantLinear.from_linear`. By default they stay as they come.
+        drop: whether a name of the file is passed over.
 
     Raises:
         ValueError: names that the model does not have, or that the file lacks; shapes that do not fit.
@@ -90,7 +92,7 @@ def load(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16)
     done: set[str] = set()
     for name, item in read(source, dtype):
-        for target, part in _placed(name, item, rename):
+        for target, part in () if drop(name) else _placed(name, item, rename):
             if target not in wanted:
                 raise ValueError(
                     f"checkpoint: {name} becomes {target}, which the {type(model).__name__} has not"

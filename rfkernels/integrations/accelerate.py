@@ -300,6 +300,8 @@ class BlockForward:
                 raise Unsupported(f"{path} has a hook")
             if _processor(module) is not processor:
                 raise Unsupported(f"{path}.processor is another since accelerate")
+            if getattr(processor, "_parallel_config", None) is not None:
+                raise Unsupported(f"{path}.processor works in parallel with other devices")
 
 
 def _is_layer(module: nn.Module) -> bool:

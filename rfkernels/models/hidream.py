@@ -22,6 +22,7 @@ from rfkernels.models.layers import (
     embed_time,
     finish,
     gated_residual_norm_modulate,
+    is_plain,
     norm_modulate,
     project,
     swiglu_mlp,
@@ -101,12 +102,20 @@ def single_block(
 def moe(x: Tensor, ff: nn.Module) -> Tensor:
     r"""Returns :math:`S(x) + \sum_{e \in \mathrm{top}(p)} p_e E_e(x)`, a mixture of experts.
 
-    p = softmax(G x); E and the shared S are SwiGLUs; the chosen p are not normalised again. All experts see
-    all tokens, with weights that are 0 where they were not chosen: no shape depends on data, nothing
-    synchronises.
+    p = softmax(G x); E and the shared S are SwiGLUs; the chosen p are not normalised again. No shape depends
+    on data, nothing synchronises: tokens are sorted by expert on the device. Experts whose layers are not
+    plain (quantised, with adapters) all see all tokens, with weights that are 0 where they were not chosen.
     """
-    p, chosen = F.linear(x, ff.gate.weight).softmax(-1).topk(ff.gate.top_k, -1)
-    y = _swiglu(x, ff.shared_experts)
+    logits, top_k, y = F.linear(x, ff.gate.weight), ff.gate.top_k, _swiglu(x, ff.shared_experts)
+    w1, w3, w2 = ([getattr(expert, name) for expert in ff.experts] for name in ("w1", "w3", "w2"))
+    if all(is_plain(layer, nn.Linear) for layer in (*w1, *w3, *w2)):
+        routing = ops.moe_route(logits.flatten(0, -2), top_k)
+        w1, w3, w2 = ([layer.weight for layer in layers] for layers in (w1, w3, w2))
+        rows, offsets, index = x.flatten(0, -2), routing.offsets, routing.order // top_k
+        hidden = ops.grouped_linear(rows, w1, offsets, index=index, activation="swiglu", up=w3)
+        experts = ops.grouped_linear(hidden, w2, offsets)
+        return ops.moe_combine(experts, routing, residual=y.flatten(0, -2)).view_as(x)
+    p, chosen = logits.softmax(-1).topk(top_k, -1)
     for i, expert in enumerate(ff.experts):
         y = torch.addcmul(y, (p * (chosen == i)).sum(-1, keepdim=True), _swiglu(x, expert))
     return y

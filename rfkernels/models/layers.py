@@ -26,6 +26,7 @@ __all__ = [
     "finish",
     "gated_residual_norm_modulate",
     "gelu_mlp",
+    "is_plain",
     "joint",
     "norm_modulate",
     "project",
@@ -71,7 +72,7 @@ def gated_residual_norm_modulate(
 
 def finish(x: Tensor, tokens: Tensor, layer: nn.Module, gate: Tensor, **options) -> Tensor:
     """The end of a branch, `x + gate * layer(tokens)`: the epilogue of a quantised layer, else a region."""
-    if not options and gate.ndim == 2 and _is_plain(layer, QuantLinear) and not _recorded(x, tokens, gate):
+    if not options and gate.ndim == 2 and is_plain(layer, QuantLinear) and not _recorded(x, tokens, gate):
         gate = gate if gate.dtype in (x.dtype, torch.float32) else gate.to(x.dtype)
         return bounded(layer.run(tokens, gate=gate.unsqueeze(1), residual=x))
     return bounded(ops.gated_residual(x, layer(tokens), gate, **options))
@@ -106,9 +107,9 @@ def gelu_mlp(x: Tensor | Codes, ff: nn.Module) -> tuple[Tensor, nn.Module]:
     up, down = ff.net[0].proj, ff.net[2]
     if isinstance(x, Codes):
         return up.run(x.codes, x_scale=x.scales, dtype=x.dtype, activation="gelu_tanh"), down
-    if _is_plain(up, QuantLinear) and not _recorded(x):
+    if is_plain(up, QuantLinear) and not _recorded(x):
         return up.run(x, activation="gelu_tanh"), down
-    if _is_plain(up, nn.Linear):  # the bias is added where the GELU reads
+    if is_plain(up, nn.Linear):  # the bias is added where the GELU reads
         return ops.gelu(F.linear(x, up.weight), "tanh", up.bias), down
     return ops.gelu(up(x), "tanh"), down
 
@@ -164,13 +165,13 @@ def _adjacent(first: Tensor, second: Tensor) -> bool:
 
 def _coding(layers: tuple[nn.Module, ...], x: Tensor) -> dict | None:
     """What quantises x once for all layers: arguments of a quantising op; None where that is not possible."""
-    if not layers or not all(_is_plain(layer, QuantLinear) for layer in layers) or _recorded(x):
+    if not layers or not all(is_plain(layer, QuantLinear) for layer in layers) or _recorded(x):
         return None
     codings = [layer.coding for layer in layers]
     return codings[0] if all(c == codings[0] for c in codings) else None
 
 
-def _is_plain(layer: nn.Module, kind: type) -> bool:
+def is_plain(layer: nn.Module, kind: type) -> bool:
     """A layer of exactly that class whose call is its forward, without hooks."""
     hooked = layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__
     return type(layer) is kind and not hooked

@@ -172,9 +172,15 @@ def test_processor_that_comes_later(model):
 
     rfkernels.accelerate(model)
     model.transformer_blocks[0].attn.set_processor(Mine())
+    model.transformer_blocks[1].attn.processor._parallel_config = "a config"
+    with pytest.raises(AttributeError, match="'str' object"):  # diffusers' own forward, which reads it
+        run(model)
+    assert calls(model) == [0, 0, 0, 0, 0]
+    model.transformer_blocks[1].attn.processor._parallel_config = None
     run(model)
     assert calls(model) == [0, 1, 1, 1, 1]
-    assert "processor is another since accelerate" in str(rfkernels.explain(model))
+    text = str(rfkernels.explain(model))
+    assert "processor is another since accelerate" in text and "in parallel with other devices" in text
 
 
 def test_weights_that_hooks_bring_layer_by_layer(model, monkeypatch):

@@ -54,7 +54,7 @@ def test_quantised(name, pipe):
 @every_pipeline
 def test_our_scheduler(name, pipe):
     own = pipe.scheduler
-    pipe.scheduler = FlowScheduler.from_config(own.config)
+    pipe.scheduler = FlowScheduler.from_config(own.config, compat="diffusers")
     try:
         rfkernels.accelerate(pipe)
         assert (image(pipe, PIPELINES[name][1]) - plain(name)).abs().max() < 1e-4

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from rfkernels.integrations.families.once import once
 from rfkernels.ops._register import accumulator
 
 __all__ = ["Forward", "Unsupported", "refuse", "rotation_of"]
@@ -48,9 +48,6 @@ def refuse(**arguments: Any) -> None:
             raise Unsupported(f"{what} was given")
 
 
-_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def rotation_of(rotary: tuple[Tensor, Tensor] | Tensor, tokens: torch.dtype | None = None) -> Tensor:
     """The `rotation` of `ops.qkv_norm_rope` from what a diffusers model hands to its blocks.
 
@@ -60,31 +57,18 @@ def rotation_of(rotary: tuple[Tensor, Tensor] | Tensor, tokens: torch.dtype | No
     """
     wide = None if tokens is None else accumulator(tokens)
     if not isinstance(rotary, Tensor):
-        return _kept(_pairs, wide, *rotary)
+        return once(_pairs, *rotary, wide=wide)
     if not rotary.is_complex():
-        return _kept(_first_columns, wide, rotary)
+        return once(_first_columns, rotary, wide=wide)
     table = torch.view_as_real(rotary)
-    return table if wide in (None, table.dtype) else _kept(torch.view_as_real, wide, rotary)
+    return table if wide in (None, table.dtype) else once(torch.view_as_real, rotary).to(wide)
 
 
-def _pairs(cos: Tensor, sin: Tensor) -> Tensor:
+def _pairs(cos: Tensor, sin: Tensor, wide: torch.dtype | None) -> Tensor:
     table = torch.stack([cos[..., ::2], sin[..., ::2]], -1)
-    return table[0, :, 0] if table.ndim == 5 else table
+    return (table[0, :, 0] if table.ndim == 5 else table).to(wide or accumulator(table.dtype))
 
 
-def _first_columns(matrices: Tensor) -> Tensor:
+def _first_columns(matrices: Tensor, wide: torch.dtype | None) -> Tensor:
     """(cos, sin) of [[cos, -sin], [sin, cos]]."""
-    return matrices[:, :, 0, ..., 0].contiguous()
-
-
-def _kept(make: Callable[..., Tensor], wide: torch.dtype | None, first: Tensor, *others: Tensor) -> Tensor:
-    """`make` of the tensors as `wide`, at least float32; or what was made of the same ones before."""
-    kept = None if torch.compiler.is_compiling() else _tables.get(first)
-    state = (wide, first._version, *(t._version for t in others))
-    if kept is not None and kept[0] == state and all(a is b for a, b in zip(kept[1], others, strict=True)):
-        return kept[2]
-    table = make(first, *others)
-    table = table.to(wide or accumulator(table.dtype))
-    if not torch.compiler.is_compiling():
-        _tables[first] = (state, others, table)
-    return table
+    return matrices[:, :, 0, ..., 0].contiguous().to(wide or accumulator(matrices.dtype))
