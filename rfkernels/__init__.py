@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rfkernels.formats.native import load_quantized, save_quantized
     from rfkernels.integrations.accelerate import accelerate, restore
     from rfkernels.integrations.diffusers import stop_using_attention, use_attention
+    from rfkernels.models.auto import load_model
     from rfkernels.pipeline import Pipeline, generate
     from rfkernels.quantization.model import quantize
 
@@ -35,6 +36,7 @@ __all__ = [
     "formats",
     "generate",
     "load_lora",
+    "load_model",
     "load_quantized",
     "merge_lora",
     "models",
@@ -58,6 +60,7 @@ _OBJECTS = {
     "explain": "rfkernels.diagnosis",
     "generate": "rfkernels.pipeline",
     "load_lora": "rfkernels.adapters.load",
+    "load_model": "rfkernels.models.auto",
     "load_quantized": "rfkernels.formats.native",
     "merge_lora": "rfkernels.adapters.merge",
     "quantize": "rfkernels.quantization.model",

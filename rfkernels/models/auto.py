@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rfkernels.formats.detect import detect
+from rfkernels.formats.detect import detect, keys_of
 from rfkernels.formats.keys import is_dropped
-from rfkernels.formats.load import load, original_names
+from rfkernels.formats.load import Part, Rename, load
 
 __all__ = ["MODELS", "load_model"]
 
@@ -27,6 +28,7 @@ MODELS = {  # by the family that `rfkernels.formats.detect` names
     "wan": "wan.Wan",
     "z-image": "zimage.ZImage",
 }
+MADE = {"pixart"}  # makes a table of positions that is in no file
 WIDE = {"wan": {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}}  # float32 in any model
 
 
@@ -56,11 +58,30 @@ def load_model(
         raise ValueError(f"load_model: a model of {', '.join(MODELS)} is required, got {found.family}")
     module, _, name = MODELS[found.family].partition(".")
     cls = getattr(import_module(f"rfkernels.models.{module}"), name)
-    with torch.device("meta"):
+    with torch.device("cpu" if found.family in MADE else "meta"):
         model = cls(**found.config).eval().requires_grad_(False)
     for path, parameter in model.named_parameters():
         wide = WIDE.get(found.family, set()).intersection(path.split("."))
         parameter.data = parameter.data.to(torch.float32 if wide else dtype)
-    rename = original_names(model) if found.naming == "original" else None
+    rename = _original(found.family, model) if found.naming == "original" else None
     dropped = lambda name: is_dropped(found.family, name)
     return load(model, source, rename=rename, method=method, drop=dropped, **options)
+
+
+def _original(family: str, model: nn.Module) -> Rename:
+    """From the original names of a family to those of its model."""
+    state = model.state_dict()
+    keys = keys_of(family, {name: tuple(t.shape) for name, t in state.items()})
+
+    def rename(name: str) -> str | list[Part]:
+        found = keys.find(name, "original")
+        if found is None or not all(part in state for part in found.parts):
+            return name
+        rows = [len(state[part]) for part in found.parts]
+        swap = keys.find(name, "original", sum(rows)).swap
+        if len(rows) == 1 and not swap:
+            return found.parts[0]
+        ends = list(accumulate(rows, initial=0))
+        return [Part(*row, swap) for row in zip(found.parts, ends, ends[1:], strict=False)]
+
+    return rename
