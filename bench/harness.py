@@ -28,6 +28,7 @@ class Plan:
 
     seconds: float = 5.0  # no new round of a case starts after this
     min_rounds: int = 7
+    slow: float = 0.5  # a call of as many seconds is timed once in a round, and three rounds are enough
     max_rounds: int = 40
     burst: int = 2  # timed calls of a side in one round
     settle: float = 2e-3  # untimed calls before them: the thread pool of the side before has gone to sleep
@@ -64,7 +65,9 @@ def interleave(
     gc.disable()
     try:
         for done in range(plan.max_rounds):
-            if done >= plan.min_rounds and time.perf_counter() - start > plan.seconds:
+            slow = any(times and times[-1] > plan.slow for times in seconds.values())
+            enough = min(3, plan.min_rounds) if slow else plan.min_rounds
+            if done >= enough and time.perf_counter() - start > plan.seconds:
                 break
             shuffle(order)
             for name in order:
@@ -79,6 +82,8 @@ def interleave(
                 for _ in range(plan.burst):
                     seconds[name].append(timer(calls[name], turn))
                     turn += rotate
+                    if seconds[name][-1] > plan.slow:
+                        break
     finally:
         if collecting:
             gc.enable()

@@ -8,7 +8,16 @@ from bench import harness
 from bench.harness import Plan
 from tests.bench.toy import add_out, toy_case
 
-PLAN = Plan(seconds=0.0, min_rounds=3, max_rounds=5, burst=2, settle=0.0, cold_bytes=10_000, compile=False)
+PLAN = Plan(
+    seconds=0.0,
+    min_rounds=3,
+    max_rounds=5,
+    slow=float("inf"),
+    burst=2,
+    settle=0.0,
+    cold_bytes=10_000,
+    compile=False,
+)
 
 
 def count_turns(rotate: bool, plan: Plan) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
@@ -47,6 +56,13 @@ def test_long_calls_need_no_settling() -> None:
     harness.interleave({"long": calls.append}, lambda call, turn: call(turn) or 1.0, plan)
     settling = len(calls) - PLAN.min_rounds * PLAN.burst
     assert calls == list(range(len(calls))) and 1 <= settling < 20  # in the first round alone
+
+
+def test_slow_calls_are_timed_once_in_three_rounds() -> None:
+    plan = replace(PLAN, min_rounds=5, slow=0.5)
+    for seconds, expected in ((1.0, 3), (0.1, 5 * PLAN.burst)):
+        found = harness.interleave({"a": lambda turn: None}, lambda call, turn, s=seconds: s, plan)
+        assert found["a"] == [seconds] * expected
 
 
 def test_rounds_are_bounded_by_time_and_number() -> None:
