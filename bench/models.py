@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,34 @@ def zimage(tokens: int, heads: int = 30, channels: int = 128) -> Block:
     )
 
 
+def flux_step(image: int = 4096, text: int = 512, heads: int = 24, channels: int = 128) -> Block:
+    """A whole step of FLUX.1 dev, whose graph `accelerate` replays on CUDA."""
+    options = {"attention_head_dim": channels, "num_attention_heads": heads, "guidance_embeds": True}
+    double, single = flux(False, image, text, heads, channels), flux(True, image, text, heads, channels)
+
+    def call(model: nn.Module, ids: tuple[Tensor, ...], x: Tensor, c: Tensor, pooled: Tensor) -> Tensor:
+        t, guidance, img_ids, txt_ids = ids
+        return model(x, c, pooled, t, img_ids, txt_ids, guidance, return_dict=False)[0]
+
+    def products(model: nn.Module) -> int:
+        blocks = sum(map(double.products, model.transformer_blocks))
+        return blocks + sum(map(single.products, model.single_transformer_blocks))
+
+    def ids() -> tuple[Tensor, ...]:
+        grid = torch.stack([torch.zeros(image), torch.arange(image) // 64, torch.arange(image) % 64], 1)
+        return torch.tensor([0.5]), torch.tensor([4.0]), grid, torch.zeros(text, 3)
+
+    return Block(
+        lambda: _diffusers("transformers.transformer_flux", "FluxTransformer2DModel")(**options),
+        ((1, image, 64), (1, text, 4096), (1, 768)),
+        call,
+        (heads, channels),
+        ((image + text, image + text),) * 57,
+        products,
+        ids,
+    )
+
+
 BLOCKS = {
     "FLUX.1 double": flux(False, 4096, 512),
     "FLUX.1 single": flux(True, 4096, 512),
@@ -151,8 +180,11 @@ TOLERANCE = {"": 0.1, QUANTISED: 0.5}  # of values of order one, in bfloat16
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
-    """Every block in bfloat16, and with int8 layers and attention."""
-    for label, block in (QUICK if quick else BLOCKS).items():
+    """Every block in bfloat16, and with int8 layers and attention; on CUDA a step. None without diffusers."""
+    if find_spec("diffusers") is None:
+        return
+    whole = {"FLUX.1 step": flux_step()} if device == "cuda" else {}
+    for label, block in (QUICK if quick else BLOCKS | whole).items():
         for method in ("", QUANTISED):
             yield _case(label, block, method, device)
 
@@ -177,8 +209,7 @@ class Pair:
         with torch.device("meta"):
             ours = self.block.build().eval().requires_grad_(False)
         ours.load_state_dict(self.theirs.state_dict(), assign=True)
-        holder = rfkernels.accelerate(nn.ModuleList([ours]), quant=self.method or None, reversible=False)
-        self.ours = holder[0]
+        self.ours = rfkernels.accelerate(ours, quant=self.method or None, reversible=False)
 
     def inputs(self) -> tuple[Tensor, ...]:
         if self.theirs is None:

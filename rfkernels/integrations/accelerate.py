@@ -130,7 +130,7 @@ def accelerate(
             if vram is not None:
                 share = read_bytes(vram) // len(models)
                 accelerated(model).streaming = _stream(model, share, tokens, backend)
-            elif graph:
+            elif graph and "" not in accelerated(model).sites:  # a block alone has no forward around it
                 _put(model, GraphForward(innermost(model), capture))
     except Exception:
         for model in done:

@@ -350,3 +350,18 @@ def test_refusals(model):
         rfkernels.accelerate(model)
     with pytest.raises(TypeError, match="a pipeline or a model is required, got int"):
         rfkernels.explain(3)
+
+
+def test_a_block_alone(model):
+    block = model.transformer_blocks[0]
+    tokens, text, temb = (
+        torch.randn(2, *s, generator=torch.Generator().manual_seed(i))
+        for i, s in enumerate([(5, 72), (3, 72), (72,)])
+    )
+    expected = block(tokens, text, temb)
+    rfkernels.accelerate(block)
+    result = block(tokens, text, temb)
+    assert accelerated(block).sites[""].calls == 1
+    assert max(error(a, b) for a, b in zip(result, expected, strict=True)) <= 4e-6
+    rfkernels.restore(block)
+    assert "forward" not in block.__dict__

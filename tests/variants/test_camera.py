@@ -7,6 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+import rfkernels
 from rfkernels.nn import QuantLinear
 from rfkernels.samplers import sample, schedule
 from rfkernels.variants.camera import CameraControl, fold_projector
@@ -268,3 +269,19 @@ def test_beside_quantised_layers_a_dtype_is_asked_for():
     base = attn(x, None, None, rotation(model))
     CameraControl(model, dtype=torch.float32)
     assert torch.equal(attn(x, None, None, rotation(model)), base)
+
+
+@torch.no_grad()
+def test_accelerated_model_has_its_cameras():
+    """Hooks of the attention are not passed over: these blocks run their own forward."""
+    model = wan()
+    control = controlled(model)
+    expected = run(model)
+    rfkernels.accelerate(model)
+    close(run(model), expected, 1e-5)
+    assert "attn1 has a hook" in str(rfkernels.explain(model))
+    control.detach()
+    plain = run(model)
+    assert (plain - expected).abs().max() > 1e-3
+    rfkernels.restore(model)
+    close(run(model), plain, 1e-5)
