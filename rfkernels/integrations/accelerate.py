@@ -64,6 +64,7 @@ class Accelerated:
     attention_refusal: str | None = None
     quant: str | None = None
     layers: dict[str, nn.Module] = field(default_factory=dict)  # those that were quantised away
+    gone: bool = False  # or were not kept
     adapter: str | None = None
     streaming: Handle | None = None
 
@@ -107,7 +108,8 @@ def accelerate(
     Raises:
         TypeError: an object without a transformer of diffusers.
         ValueError: a transformer without any block that is known here; unknown methods; too little vram;
-            accelerated already. The object is as it was then.
+            accelerated already. The object is as it was then, but for layers quantised with
+            `reversible=False`.
     """
     if graph not in ("auto", True, False):
         raise ValueError(f"accelerate: graph must be 'auto' or a bool, got {graph!r}")
@@ -148,7 +150,7 @@ def restore(pipe_or_transformer: Any) -> Any:
     models = transformers_of(pipe_or_transformer).values()
     for model in models:
         state = accelerated(model)
-        if state is not None and state.quant is not None and not state.layers:
+        if state is not None and state.gone:
             raise ValueError("restore: layers quantised with reversible=False are gone; load the model again")
     for model in models:
         _restore(model)
@@ -218,8 +220,9 @@ def _quantize(model: nn.Module, state: Accelerated, options: dict[str, Any], rev
     if state.quant is None:
         raise ValueError("accelerate: quant as a mapping must have 'method'")
     report = quantize(model, state.quant, **options)
-    names = (layer.name for layer in report.layers)
-    state.layers = {n: before[n] for n in names if n in before and model.get_submodule(n) is not before[n]}
+    names = [layer.name for layer in report.layers if layer.format != "high"]
+    state.layers = {name: before[name] for name in names} if reversible else {}
+    state.gone = bool(names) and not reversible
 
 
 def _restore(model: nn.Module) -> None:

@@ -79,6 +79,13 @@ def test_quantised_regions_are_the_ops_one_after_the_other(model):
     assert error(run(model), run(alone)) < 5e-3
 
 
+@pytest.mark.parametrize("reversible", [True, False])
+def test_quantised_where_no_layer_is_large_enough(model, reversible):
+    rfkernels.accelerate(model, quant={"method": "int8", "min_size": 10**9}, reversible=reversible)
+    assert not any(isinstance(m, QuantLinear) for m in model.modules())
+    rfkernels.restore(model)
+
+
 def test_layers_that_are_not_kept_cannot_come_back(model):
     rfkernels.accelerate(model, quant={"method": "int8", "min_size": 0}, reversible=False)
     with pytest.raises(ValueError, match="reversible=False are gone"):
