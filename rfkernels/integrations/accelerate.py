@@ -65,7 +65,7 @@ class Accelerated:
     quant: str | None = None
     layers: dict[str, nn.Module] = field(default_factory=dict)  # those that were quantised away
     gone: bool = False  # or were not kept
-    adapter: str | None = None
+    adapters: list[str] = field(default_factory=list)  # that came by `lora`
     streaming: Handle | None = None
 
 
@@ -163,13 +163,14 @@ def accelerated(model: nn.Module) -> Accelerated | None:
 
 
 def transformers_of(obj: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline by name; a module itself is one, without a name."""
+    """The transformers of a pipeline by name, not what torch.compile made of them; a module itself is one."""
     if isinstance(obj, nn.Module):
-        return {"": obj}
+        return {"": getattr(obj, "_orig_mod", obj)}
     found = getattr(obj, "components", None)
     if not isinstance(found, Mapping):
         return {}
-    return {n: m for n, m in found.items() if n.startswith("transformer") and isinstance(m, nn.Module)}
+    modules = {n: getattr(m, "_orig_mod", m) for n, m in found.items() if n.startswith("transformer")}
+    return {n: m for n, m in modules.items() if isinstance(m, nn.Module)}
 
 
 @functools.cache
@@ -204,9 +205,9 @@ def _accelerate(model: nn.Module, quant, attention: str, lora, reversible: bool)
         state.attention_refusal = str(error)
     if options:
         _quantize(model, state, options, reversible)
-    for name, source in lora.items() if _is_named(lora) else [(None, lora)] if lora is not None else ():
-        load_lora(model, source, name=name)
-        state.adapter = name or "adapter_0"
+    if lora is not None:
+        for name, source in (lora if _is_named(lora) else {None: lora}).items():
+            state.adapters.append(load_lora(model, source, name=name).name)
 
 
 def _is_named(lora: Any) -> bool:
@@ -232,9 +233,9 @@ def _restore(model: nn.Module) -> None:
     if state.streaming is not None:
         state.streaming.restore()
     _take(model)
-    if state.adapter is not None:
-        with suppress(ValueError):  # unloaded already
-            unload_lora(model)
+    with suppress(ValueError):  # what was unloaded already
+        for name in [None] if state.layers else state.adapters:  # no adapter stays without its layer
+            unload_lora(model, name)
     for name, layer in state.layers.items():
         replace(model, name, layer)
     for site in state.sites.values():
@@ -320,7 +321,7 @@ def _processor(module: nn.Module) -> Any:
 
 def _check_placed(block: nn.Module, args: tuple, kwargs: dict) -> None:
     """Weights that hooks bring layer by layer are not there when a block begins."""
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = args[0] if args else next(iter(kwargs.values()), None)
     weight = next(block.parameters(), None)
     if weight is not None and isinstance(x, Tensor) and weight.device != x.device:
         raise Unsupported(f"weights on {weight.device}, tokens on {x.device}: offloaded layer by layer")

@@ -251,6 +251,29 @@ def test_several_adapters_by_name(model):
     assert torch.equal(run(model), plain)
 
 
+@pytest.mark.parametrize("quant", [None, {"method": "int8", "min_size": 0}])
+def test_adapters_that_came_later(model, quant):
+    """They stay, but for those whose layers go."""
+    plain = run(model)
+    first, later = ({k.removeprefix("transformer."): v for k, v in lora(i).items()} for i in (1, 2))
+    rfkernels.accelerate(model, quant, lora={"first": first})
+    rfkernels.load_lora(model, later, name="later")
+    rfkernels.restore(model)
+    if quant is None:
+        assert error(run(model), plain) > 0.01
+        rfkernels.unload_lora(model)
+    assert torch.equal(run(model), plain)
+
+
+def test_what_torch_compile_made_of_it(model):
+    expected = run(model)
+    compiled = torch.compile(model, backend="eager")
+    assert rfkernels.accelerate(compiled) is compiled
+    assert error(run(compiled), expected) <= 4e-6 and accelerated(model) is not None
+    rfkernels.restore(compiled)
+    assert torch.equal(run(model), expected)
+
+
 def test_what_a_block_does_not_cover(model):
     """An argument of another processor: diffusers' own forward runs, and says why."""
     expected = run(model)
