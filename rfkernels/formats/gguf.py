@@ -12,7 +12,7 @@ from torch import Tensor
 from rfkernels.nn import QuantLinear
 from rfkernels.ops.gguf import GGUF_KINDS, block_of, dequantize_gguf
 
-__all__ = ["TYPES", "Header", "is_gguf", "read", "read_header"]
+__all__ = ["TYPES", "Header", "block_size", "is_gguf", "read", "read_header"]
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K"}
@@ -126,6 +126,12 @@ def read(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Iterator[tupl
             yield short, _numbers(header, data, path, name)
 
 
+def block_size(kind: int) -> tuple[int, int]:
+    """Numbers and bytes of a block of a type of `TYPES`; of one number where it is floating."""
+    plain = _PLAIN.get(TYPES[kind])
+    return block_of(TYPES[kind])[:2] if plain is None else (1, plain.itemsize)
+
+
 def _is_layer(header: Header, name: str) -> bool:
     if name not in header.tensors or f"comfy.gguf.orig_shape.{name}" in header.values:
         return False
@@ -135,8 +141,7 @@ def _is_layer(header: Header, name: str) -> bool:
 
 def _rows(data: np.ndarray, path, name: str, shape: tuple[int, ...], kind: int, at: int) -> Tensor:
     """The bytes of a tensor `[rows, bytes]`: a view of the mapping, or a copy where it is not aligned."""
-    plain = _PLAIN.get(TYPES[kind])
-    numbers, size = block_of(TYPES[kind])[:2] if plain is None else (1, plain.itemsize)
+    numbers, size = block_size(kind)
     width = shape[-1] if shape else 1
     if width % numbers:
         raise ValueError(f"{path}: {name} must have rows of whole blocks of {numbers}, got {list(shape)}")

@@ -84,6 +84,6 @@ def _gguf(path: Path) -> list[Entry]:
     for name, (shape, kind, _) in gguf.read_header(path).tensors.items():
         if kind not in gguf.TYPES:
             raise ValueError(f"{path}: {name} is of the GGUF type {kind}, whose size is not known here")
-        known = gguf.TYPES[kind]
-        entries.append(Entry(name, known.name, shape, math.prod(shape) // known.numbers * known.bytes))
+        numbers, size = gguf.block_size(kind)
+        entries.append(Entry(name, gguf.TYPES[kind], shape, math.prod(shape) // numbers * size))
     return entries

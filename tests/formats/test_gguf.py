@@ -160,7 +160,7 @@ def test_a_model_on_blocks(two, tmp_path):
     assert (y - expected).norm() < 0.1 * expected.norm()
     numbers = nn.functional.linear(x, model[0].dequantized(), model[0].bias).relu()
     numbers = nn.functional.linear(numbers, model[2].dequantized(), model[2].bias.float())
-    torch.testing.assert_close(y, numbers)
+    assert (y - numbers).norm() < 1e-5 * numbers.norm()
     save_quantized(model, tmp_path / "native.safetensors")
     again = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32))
     load_quantized(again, tmp_path / "native.safetensors")
@@ -176,11 +176,11 @@ def test_a_layer_on_blocks_as_a_module_of_torch(kind):
     column, up = torch.linspace(0.5, 2, 24), torch.ones(24, 2)
     y = layer.run(x, lora=(x[:, :2].contiguous(), up), column_scale=column, activation="relu")
     true = x @ (layer.dequantized() * column[:, None]).T + x[:, :2] @ up.T + 1
-    torch.testing.assert_close(y, true.relu())
+    assert (y - true.relu()).norm() < 1e-5 * true.norm()
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.with_bias(layer.bias)):
         assert other.config() == layer.config() and torch.equal(other(x), layer(x))
     rows = torch.tensor([5, 0, 23])
-    torch.testing.assert_close(layer.take_rows(rows)(x), layer(x)[:, rows])
+    assert (layer.take_rows(rows)(x) - layer(x)[:, rows]).norm() < 1e-5 * layer(x).norm()
 
 
 def test_rows_of_blocks_go_to_several_layers(two):

@@ -2,7 +2,8 @@
 
 import copy
 import json
-import pickle
+from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 import rfkernels
+from rfkernels import ops
 from rfkernels.integrations.accelerate import accelerated
 from rfkernels.nn import QuantLinear
 from tests.models.cases.flux import CASES
@@ -76,7 +78,12 @@ def test_quantised_regions_are_the_ops_one_after_the_other(model):
     alone = copy.deepcopy(model)
     rfkernels.quantize(alone, **{k: v for k, v in options.items() if k != "method"}, method="int8")
     rfkernels.accelerate(model, quant=options, attention="full")
-    assert error(run(model), run(alone)) < 5e-3
+    regions = ("norm_modulate_quantize", "gated_residual_norm_modulate_quantize")
+    with ExitStack() as stack:
+        spies = [stack.enter_context(mock.patch.object(ops, r, wraps=getattr(ops, r))) for r in regions]
+        result = run(model)
+    assert [spy.call_count for spy in spies] == [2 * 2 + 3, 2 * 2]
+    assert error(result, run(alone)) < 5e-3
 
 
 @pytest.mark.parametrize("reversible", [True, False])
@@ -265,15 +272,6 @@ def test_adapters_that_came_later(model, quant):
     assert torch.equal(run(model), plain)
 
 
-def test_what_torch_compile_made_of_it(model):
-    expected = run(model)
-    compiled = torch.compile(model, backend="eager")
-    assert rfkernels.accelerate(compiled) is compiled
-    assert error(run(compiled), expected) <= 4e-6 and accelerated(model) is not None
-    rfkernels.restore(compiled)
-    assert torch.equal(run(model), expected)
-
-
 def test_what_a_block_does_not_cover(model):
     """An argument of another processor: diffusers' own forward runs, and says why."""
     expected = run(model)
@@ -294,25 +292,6 @@ def test_processors_of_somebody_else(model):
     assert error(run(model), expected) <= 4e-6 and calls(model) == [0, 1, 1, 1, 1]
     rows = rfkernels.explain(model)["models"][0]["rows"]
     assert rows[0]["runs"] == "diffusers" and "attn.processor is Mine" in rows[0]["what"]
-
-
-def test_copies_are_models_of_their_own(model):
-    rfkernels.accelerate(model)
-    expected = run(model)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(run(other), expected)
-        for parameter in other.parameters():
-            parameter.zero_()
-        assert not run(other).any() and torch.equal(run(model), expected)
-        rfkernels.restore(other)
-        assert accelerated(model) is not None
-
-
-def test_one_graph(model):
-    expected = run(model)
-    rfkernels.accelerate(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert error(run(compiled), expected) <= 4e-6
 
 
 def test_gradients(model):
@@ -380,18 +359,3 @@ def test_refusals(model):
         rfkernels.accelerate(model)
     with pytest.raises(TypeError, match="a pipeline or a model is required, got int"):
         rfkernels.explain(3)
-
-
-def test_a_block_alone(model):
-    block = model.transformer_blocks[0]
-    tokens, text, temb = (
-        torch.randn(2, *s, generator=torch.Generator().manual_seed(i))
-        for i, s in enumerate([(5, 72), (3, 72), (72,)])
-    )
-    expected = block(tokens, text, temb)
-    rfkernels.accelerate(block)
-    result = block(tokens, text, temb)
-    assert accelerated(block).sites[""].calls == 1
-    assert max(error(a, b) for a, b in zip(result, expected, strict=True)) <= 4e-6
-    rfkernels.restore(block)
-    assert "forward" not in block.__dict__
