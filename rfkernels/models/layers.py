@@ -45,7 +45,7 @@ class Codes(NamedTuple):
 
 def norm_modulate(x: Tensor, scale=None, shift=None, *, to: tuple[nn.Module, ...] = (), **options):
     """`ops.norm_modulate`; as `Codes` where all layers `to` take the same ones and no gradient is taken."""
-    if coding := _coding(to, x):
+    if coding := _coding(to, x, scale, shift, *options.values()):
         return Codes(*ops.norm_modulate_quantize(x, scale, shift, **options, **coding), x.dtype)
     return ops.norm_modulate(x, scale, shift, **options)
 
@@ -63,7 +63,7 @@ def gated_residual_norm_modulate(
         x = bounded(ops.gated_residual(x, y, gate, index=None if gate is None else index, **branch))
         options |= {} if scale is None and shift is None else {"index": index}
         return x, norm_modulate(x, scale, shift, to=to, **options)
-    if coding := _coding(to, x):
+    if coding := _coding(to, x, y, gate, scale, shift, *options.values()):
         region = ops.gated_residual_norm_modulate_quantize
         x, codes, scales = region(x, y, gate, scale, shift, **options, **coding)
         return x, Codes(codes, scales, x.dtype)
@@ -163,9 +163,9 @@ def _adjacent(first: Tensor, second: Tensor) -> bool:
     return together and behind and first.stride() == second.stride() and first.dtype == second.dtype
 
 
-def _coding(layers: tuple[nn.Module, ...], x: Tensor) -> dict | None:
-    """What quantises x once for all layers: arguments of a quantising op; None where that is not possible."""
-    if not layers or not all(is_plain(layer, QuantLinear) for layer in layers) or _recorded(x):
+def _coding(layers: tuple[nn.Module, ...], *inputs: Tensor | None) -> dict | None:
+    """What quantises tokens once for all layers: arguments of an op; None where that is not possible."""
+    if not layers or not all(is_plain(layer, QuantLinear) for layer in layers) or _recorded(*inputs):
         return None
     codings = [layer.coding for layer in layers]
     return codings[0] if all(c == codings[0] for c in codings) else None

@@ -306,6 +306,19 @@ def test_gradients(model):
     assert max(error(p.grad, expected[n]) for n, p in model.named_parameters() if n in expected) < 1e-4
 
 
+def test_gradients_of_modulation_beside_quantised_layers(model):
+    """Codes have none: they are not made where scales and shifts are trained."""
+    layer = model.transformer_blocks[0].norm1.linear.requires_grad_(True)
+    with torch.enable_grad():
+        run(model).square().sum().backward()
+        expected = layer.weight.grad.clone()
+        layer.zero_grad()
+        rfkernels.accelerate(model, quant={"method": "int8", "min_size": 0}, attention="full")
+        run(model).square().sum().backward()
+    for ours, theirs in zip(layer.weight.grad.chunk(6), expected.chunk(6), strict=True):
+        assert error(ours, theirs) < 0.2
+
+
 def test_float16_residuals_are_bounded():
     """As in diffusers, whose blocks clip them."""
     theirs, _ = models(CASE, torch.float16)
