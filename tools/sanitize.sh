@@ -20,7 +20,7 @@ ninja=$("$python" -c 'import ninja; print(ninja.BIN_DIR)')/ninja
 # The package and its tests around the sanitized libraries, away from those of the checkout.
 rm -rf "$root/package"
 mkdir -p "$root/package"
-tar -c --exclude='*.so' --exclude=__pycache__ --exclude=weights rfkernels tests pyproject.toml |
+tar -c --exclude='*.so' --exclude=__pycache__ --exclude=weights --exclude=results rfkernels tests bench pyproject.toml |
   tar -x -C "$root/package"
 cp "$root"/lib/*.so "$root/package/rfkernels"
 cd "$root/package"
