@@ -6,21 +6,14 @@ Blocks are functions of a module that holds the weights under the names of diffu
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from rfkernels import ops
+from rfkernels.models.flux import one_stream, two_streams
 from rfkernels.models.layers import (
-    attend,
-    beside,
-    finish,
-    gated_residual_norm_modulate,
-    gelu_mlp,
     joint,
-    norm_modulate,
-    project,
 )
 from rfkernels.models.parts import MLP, Attention, FeedForward, thousand
 
@@ -31,47 +24,16 @@ def double_block(
     block: nn.Module, image: Tensor, text: Tensor, temb: Tensor, rotation: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """image [B, N, width], text [B, T, width], temb [B, 12, width], of the image first -> (text, image)."""
-    attn = block.attn
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *c_temb = temb.unbind(1)
-    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = c_temb
-    qkv, c_qkv = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    n = norm_modulate(image, scale, shift, to=qkv)
-    c_n = norm_modulate(text, c_scale, c_shift, to=c_qkv)
-    q, k, v = ops.qkv_norm_rope(
-        [project(c_n, *c_qkv), project(n, *qkv)],
-        attn.heads,
-        q_weight=[attn.norm_added_q.weight, attn.norm_q.weight],
-        k_weight=[attn.norm_added_k.weight, attn.norm_k.weight],
-        rotation=rotation,
-    )
-    c_y, y = attend(attn, q, k, v, bias).split([text.shape[1], image.shape[1]], 1)
-    y, c_y = attn.to_out[0](y), attn.to_add_out(c_y)
-
-    up, c_up = (block.ff.net[0].proj,), (block.ff_context.net[0].proj,)
-    image, n = gated_residual_norm_modulate(image, y, gate, scale_mlp, shift_mlp, to=up)
-    text, c_n = gated_residual_norm_modulate(text, c_y, c_gate, c_scale_mlp, c_shift_mlp, to=c_up)
-    image = finish(image, *gelu_mlp(n, block.ff), gate_mlp)
-    text = finish(text, *gelu_mlp(c_n, block.ff_context), c_gate_mlp)
-    return text, image
+    modulation, c_modulation = temb.unbind(1)[:6], temb.unbind(1)[6:]
+    ff, c_ff = block.ff, block.ff_context
+    return two_streams(block.attn, image, text, modulation, c_modulation, ff, c_ff, rotation, bias)
 
 
 def single_block(
     block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """x [B, T + N, width], text first, temb [B, 3, width]."""
-    attn = block.attn
-    shift, scale, gate = temb.unbind(1)
-    layers = (attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
-    *qkv, hidden = project(norm_modulate(x, scale, shift, to=layers), *layers)
-    q, k, v = ops.qkv_norm_rope(
-        tuple(qkv),
-        attn.heads,
-        q_weight=attn.norm_q.weight,
-        k_weight=attn.norm_k.weight,
-        rotation=rotation,
-    )
-    y = beside(attend(attn, q, k, v, bias), partial(ops.activation, kind="gelu_tanh"), hidden)
-    return finish(x, y, block.proj_out, gate)
+    return one_stream(block, x, temb.unbind(1), rotation, bias)
 
 
 def pair_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,21 +24,30 @@ from rfkernels.models.layers import (
 )
 from rfkernels.models.parts import AdaNorm, Attention, FeedForward, TimeTextEmbedding, thousand
 
-__all__ = ["DoubleBlock", "Flux", "SingleBlock", "double_block", "single_block"]
+__all__ = ["DoubleBlock", "Flux", "SingleBlock", "double_block", "one_stream", "single_block", "two_streams"]
 
 
-def double_block(
-    block: nn.Module, image: Tensor, text: Tensor, temb: Tensor, rotation: Tensor
+def two_streams(
+    attn: nn.Module,
+    image: Tensor,
+    text: Tensor,
+    modulation: Sequence[Tensor],
+    c_modulation: Sequence[Tensor],
+    ff: nn.Module,
+    c_ff: nn.Module,
+    rotation: Tensor | None,
+    bias: Tensor | None = None,
+    **row: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """image [B, N, width], text [B, T, width], temb [B, width], rotation of all tokens -> (text, image)."""
-    attn, condition = block.attn, ops.silu(temb)
-    modulation = block.norm1.linear(condition)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
-    c_modulation = block.norm1_context.linear(condition)
-    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = c_modulation.chunk(6, -1)
+    """Attention of text and image as one sequence, then the MLP of each -> (text, image).
 
+    modulation of the image, c_modulation of the text: shift, scale, gate of attention, then of the MLP;
+    `index=`: their row for each image token.
+    """
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation
+    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = c_modulation
     qkv, c_qkv = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    n = norm_modulate(image, scale, shift, to=qkv)
+    n = norm_modulate(image, scale, shift, to=qkv, **row)
     c_n = norm_modulate(text, c_scale, c_shift, to=c_qkv)
     q, k, v = ops.qkv_norm_rope(
         [project(c_n, *c_qkv), project(n, *qkv)],
@@ -47,21 +56,41 @@ def double_block(
         k_weight=[attn.norm_added_k.weight, attn.norm_k.weight],
         rotation=rotation,
     )
-    c_y, y = attend(attn, q, k, v).split([text.shape[1], image.shape[1]], 1)
+    c_y, y = attend(attn, q, k, v, bias).split([text.shape[1], image.shape[1]], 1)
     y, c_y = attn.to_out[0](y), attn.to_add_out(c_y)
 
-    up, c_up = (block.ff.net[0].proj,), (block.ff_context.net[0].proj,)
-    image, n = gated_residual_norm_modulate(image, y, gate, scale_mlp, shift_mlp, to=up)
+    up, c_up = (ff.net[0].proj,), (c_ff.net[0].proj,)
+    image, n = gated_residual_norm_modulate(image, y, gate, scale_mlp, shift_mlp, to=up, **row)
     text, c_n = gated_residual_norm_modulate(text, c_y, c_gate, c_scale_mlp, c_shift_mlp, to=c_up)
-    image = finish(image, *gelu_mlp(n, block.ff), gate_mlp)
-    text = finish(text, *gelu_mlp(c_n, block.ff_context), c_gate_mlp)
+    image = finish(image, *gelu_mlp(n, ff), gate_mlp, **row)
+    text = finish(text, *gelu_mlp(c_n, c_ff), c_gate_mlp)
     return text, image
 
 
-def single_block(block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor) -> Tensor:
-    """x [B, T + N, width], text first: attention and MLP side by side, from one matmul into one matmul."""
+def double_block(
+    block: nn.Module, image: Tensor, text: Tensor, temb: Tensor, rotation: Tensor
+) -> tuple[Tensor, Tensor]:
+    """image [B, N, width], text [B, T, width], temb [B, width], rotation of all tokens -> (text, image)."""
+    condition = ops.silu(temb)
+    modulation = block.norm1.linear(condition).chunk(6, -1)
+    c_modulation = block.norm1_context.linear(condition).chunk(6, -1)
+    ff, c_ff = block.ff, block.ff_context
+    return two_streams(block.attn, image, text, modulation, c_modulation, ff, c_ff, rotation)
+
+
+def one_stream(
+    block: nn.Module,
+    x: Tensor,
+    modulation: Sequence[Tensor],
+    rotation: Tensor | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x [B, T + N, width], text first: attention and MLP side by side, from one matmul into one matmul.
+
+    modulation: shift, scale and gate.
+    """
     attn = block.attn
-    shift, scale, gate = block.norm.linear(ops.silu(temb)).chunk(3, -1)
+    shift, scale, gate = modulation
     layers = (attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
     *qkv, hidden = project(norm_modulate(x, scale, shift, to=layers), *layers)
     q, k, v = ops.qkv_norm_rope(
@@ -71,8 +100,13 @@ def single_block(block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor) ->
         k_weight=attn.norm_k.weight,
         rotation=rotation,
     )
-    y = beside(attend(attn, q, k, v), partial(ops.activation, kind="gelu_tanh"), hidden)
+    y = beside(attend(attn, q, k, v, bias), partial(ops.activation, kind="gelu_tanh"), hidden)
     return finish(x, y, block.proj_out, gate)
+
+
+def single_block(block: nn.Module, x: Tensor, temb: Tensor, rotation: Tensor) -> Tensor:
+    """`one_stream` with the modulation of temb [B, width]."""
+    return one_stream(block, x, block.norm.linear(ops.silu(temb)).chunk(3, -1), rotation)
 
 
 class DoubleBlock(nn.Module):

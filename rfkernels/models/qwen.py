@@ -13,14 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from rfkernels import ops
+from rfkernels.models.flux import two_streams
 from rfkernels.models.layers import (
-    attend,
     embed_time,
-    finish,
-    gated_residual_norm_modulate,
-    gelu_mlp,
-    norm_modulate,
-    project,
 )
 from rfkernels.models.parts import MLP, AdaNorm, Attention, FeedForward
 
@@ -43,32 +38,11 @@ def double_block(
     temb [B, width]; or [G, width], B rows of the samples first, with index [B, N], the row of each image
     token: those of a reference are at t = 0. bias [B, 1, 1, T + N]: `text_bias`.
     """
-    attn = block.attn
-    modulation = block.img_mod[1](ops.silu(temb))
-    c_modulation = block.txt_mod[1](ops.silu(temb[: len(text)]))
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
-    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = c_modulation.chunk(6, -1)
+    modulation = block.img_mod[1](ops.silu(temb)).chunk(6, -1)
+    c_modulation = block.txt_mod[1](ops.silu(temb[: len(text)])).chunk(6, -1)
     row = {} if index is None else {"index": index}
-
-    qkv, c_qkv = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    n = norm_modulate(image, scale, shift, to=qkv, **row)
-    c_n = norm_modulate(text, c_scale, c_shift, to=c_qkv)
-    q, k, v = ops.qkv_norm_rope(
-        [project(c_n, *c_qkv), project(n, *qkv)],
-        attn.heads,
-        q_weight=[attn.norm_added_q.weight, attn.norm_q.weight],
-        k_weight=[attn.norm_added_k.weight, attn.norm_k.weight],
-        rotation=rotation,
-    )
-    c_y, y = attend(attn, q, k, v, bias).split([text.shape[1], image.shape[1]], 1)
-    y, c_y = attn.to_out[0](y), attn.to_add_out(c_y)
-
-    up, c_up = (block.img_mlp.net[0].proj,), (block.txt_mlp.net[0].proj,)
-    image, n = gated_residual_norm_modulate(image, y, gate, scale_mlp, shift_mlp, to=up, **row)
-    text, c_n = gated_residual_norm_modulate(text, c_y, c_gate, c_scale_mlp, c_shift_mlp, to=c_up)
-    image = finish(image, *gelu_mlp(n, block.img_mlp), gate_mlp, **row)
-    text = finish(text, *gelu_mlp(c_n, block.txt_mlp), c_gate_mlp)
-    return text, image
+    ff, c_ff = block.img_mlp, block.txt_mlp
+    return two_streams(block.attn, image, text, modulation, c_modulation, ff, c_ff, rotation, bias, **row)
 
 
 class Block(nn.Module):
