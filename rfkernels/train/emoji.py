@@ -1,6 +1,5 @@
 """Training of the embedded text-to-emoji model: the flow task, its presets, and the run that joins them."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
