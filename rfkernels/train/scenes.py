@@ -31,7 +31,8 @@ KINDS = {
     "accessory": 0.10,
 }
 TRIES = 200  # for a combination that is allowed, before a scene becomes plain
-OWN_HUE = 30  # degrees: a glyph is not tinted to a colour this near to its own
+OWN_HUE = 30  # degrees: a glyph is not tinted to a colour this near to its own, nor on such a background
+VIVID = (0.5, 0.55)  # least mean saturation and value of what is tinted: else "pink" comes out as brown
 POINTS = {  # centres of small objects
     "top left": (0.2, 0.2),
     "top right": (0.8, 0.2),
@@ -60,8 +61,8 @@ class Scene:
     """What is drawn, from the back to the front, on which background, and the words for it.
 
     background: the colour's name or None, rgb: its colour in 0..1. relation: of the first item to the second
-    ("left", "above", "beside", "bigger"), of the second to the first ("on", "eyes", "head", "beside it"), the place in the picture of kind
-    "corner", the turn of kind "turned", "" for other kinds.
+    ("left", "above", "beside", "bigger"), of the second to the first ("on", "eyes", "head", "beside it"),
+    the place in the picture of kind "corner", the turn of kind "turned", "" for other kinds.
     """
 
     kind: str
@@ -129,6 +130,10 @@ def held_out(scene: Scene, bank: Bank) -> bool:
 # ---------------------------------------------------------------------------------------------- the sampler
 
 
+def _near(hue: float, other: float) -> bool:
+    return abs((hue - other + 180) % 360 - 180) < OWN_HUE
+
+
 class _Pool:
     """Concepts to draw from, each with its weight."""
 
@@ -162,6 +167,7 @@ class SceneSampler:
             "accessory": self._accessory,
         }
         self.kinds = list(KINDS)
+        self.vivid: dict[int, bool] = {}
         self.shares = list(accumulate(KINDS.values()))
 
     def _pools(self) -> None:
@@ -207,11 +213,14 @@ class SceneSampler:
         return None
 
     def on_background(self, scene: Scene, rng: random.Random, name: str | None = None) -> Scene:
-        """The scene on a background of that name, or of any name that it may have."""
+        """The scene on a background of that name, or of any that it may have and from which it stands out."""
         if name is None:
-            labels = {self.bank.concepts[self.bank.glyphs[i.glyph].concept].label for i in scene.items}
-            never = {"blue"} if labels & concepts.NEVER_ON_BLUE else set()
+            glyphs = [self.bank.glyphs[i.glyph] for i in scene.items]
+            hues = [g.hue for g in glyphs if g.hue is not None]
+            never = {n for n, (hue, _, _) in concepts.TINTS.items() if any(_near(hue, h) for h in hues)}
             never |= {i.tint for i in scene.items}
+            if any(self.bank.concepts[g.concept].label in concepts.NEVER_ON_BLUE for g in glyphs):
+                never.add("blue")
             name = pick(rng, [n for n in concepts.BACKGROUNDS if n not in never])
         rgb = (min(max(c / 255 + 0.08 * (rng.random() - 0.5), 0), 1) for c in concepts.BACKGROUNDS[name])
         return replace(scene, background=name, rgb=tuple(rgb))
@@ -230,10 +239,22 @@ class SceneSampler:
     def _tint(self, rng: random.Random) -> Scene | None:
         row, colour = self._row(rng), pick(rng, list(concepts.TINTS))
         hue = self.bank.glyphs[row].hue
-        if hue is None or abs((hue - concepts.TINTS[colour][0] + 180) % 360 - 180) < OWN_HUE:
+        if hue is None or _near(hue, concepts.TINTS[colour][0]) or not self._is_vivid(row):
             return None
         label = self.bank.concepts[self.bank.glyphs[row].concept].label
         return Scene("tint", (Item(row, tint=colour),)) if colourless(label) else None
+
+    def _is_vivid(self, row: int) -> bool:
+        if row not in self.vivid:
+            picture = self.bank.images[row, ::4, ::4].reshape(-1, 4) / 255.0
+            rgb = picture[picture[:, 3] > 0.5, :3]
+            value, low = rgb.max(1), rgb.min(1)
+            saturation = 1 - low / np.maximum(value, 1e-6)
+            coloured = saturation > 0.2
+            means = saturation[coloured].sum(), value[coloured].sum()
+            least = (limit * max(coloured.sum(), 1) for limit in VIVID)
+            self.vivid[row] = all(mean >= limit for mean, limit in zip(means, least, strict=True))
+        return self.vivid[row]
 
     def _count(self, rng: random.Random) -> Scene | None:
         row, number = self._row(rng), pick(rng, list(NUMBERS))
