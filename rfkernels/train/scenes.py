@@ -20,7 +20,7 @@ __all__ = ["DROP", "KINDS", "Item", "Scene", "SceneSampler", "evaluation_scenes"
 
 DROP = 0.1  # captions dropped for guidance
 BACKGROUND = 0.25  # scenes on a named background
-POPULAR_SHARE = 0.8  # of the objects of composed scenes; the others are of weight 1 and more
+SHARES = {4.0: 0.75, 1.0: 0.2, 0.0: 0.05}  # of the objects of composed scenes, by their least weight
 KINDS = {
     "plain": 0.42,
     "tint": 0.12,
@@ -173,13 +173,13 @@ class SceneSampler:
     def _pools(self) -> None:
         every, weight = list(self.rows), {i: self.bank.concepts[i].weight for i in self.rows}
         self.all = _Pool(every, [weight[i] for i in every])
-        known = [i for i in every if weight[i] >= 1] or every
-        popular = [i for i in known if weight[i] >= 4] or known
-        share = POPULAR_SHARE / len(popular)
-        rest = (1 - POPULAR_SHARE) / len(known)
-        likely = set(popular)
-        self.simple = _Pool(known, [rest + share * (i in likely) for i in known])
-        self.faces = [i for i in every if self.bank.concepts[i].face and weight[i] >= 1]
+        chances = dict.fromkeys(every, 0.0)
+        for least, share in SHARES.items():
+            chosen = [i for i in every if weight[i] >= least] or every
+            for i in chosen:
+                chances[i] += share / len(chosen)
+        self.simple = _Pool(every, list(chances.values()))
+        self.faces = [i for i in every if self.bank.concepts[i].face]
         self.worn = [i for i in every if slot_of(self.bank.concepts[i].label)]
 
     def _styles(self, *indices: int) -> list[str]:
@@ -323,7 +323,7 @@ class SceneSampler:
             return None
         style = pick(rng, styles)
         items = accessory_items(self.bank, self.rows[face][style], self.rows[thing][style], slot)
-        return items and Scene("accessory", items, relation=slot)
+        return Scene("accessory", items, relation=slot) if items else None
 
 
 # -------------------------------------------------------------------------------------------- for evaluation
