@@ -31,6 +31,7 @@ KINDS = {
     "accessory": 0.10,
 }
 TRIES = 200  # for a combination that is allowed, before a scene becomes plain
+RARE = 100  # times as many for one that is held out
 OWN_HUE = 30  # degrees: a glyph is not tinted to a colour this near to its own, nor on such a background
 VIVID = (0.5, 0.55)  # least mean saturation and value of what is tinted: else "pink" comes out as brown
 POINTS = {  # centres of small objects
@@ -206,7 +207,7 @@ class SceneSampler:
         return replace(scene, caption=self.captions.line(scene, rng))
 
     def _composed(self, kind: str, rng: random.Random) -> Scene | None:
-        for _ in range(TRIES):
+        for _ in range(RARE * TRIES if self.held else TRIES):
             scene = self.makers[kind](rng)
             if scene and _combination_held_out(self.bank, scene) == self.held:
                 return scene

@@ -1,3 +1,4 @@
+import dataclasses
 import random
 
 import pytest
@@ -65,10 +66,11 @@ def test_captions_are_short_known_and_sometimes_dropped(bank, scenes):
 
 
 def test_long_names_never_make_a_caption_longer_than_the_limit(bank):
-    import dataclasses
-
     name = "smiling face with open mouth smiling eyes and a cold sweat"
-    long = tuple(dataclasses.replace(c, label=f"{name} {i}", names=()) for i, c in enumerate(bank.concepts))
+    long = tuple(
+        dataclasses.replace(c, label=f"{name} {i}", names=(), tags=(), foreign=())
+        for i, c in enumerate(bank.concepts)
+    )
     sampler, rng = SceneSampler(dataclasses.replace(bank, concepts=long), 0), random.Random(1)
     for _ in range(200):
         assert name in sampler.scene("plain", rng).caption
@@ -116,5 +118,5 @@ def test_styles_are_said_in_most_captions_and_never_a_wrong_one(bank, scenes):
 
 def test_other_languages_stand_alone_with_the_style(bank, scenes):
     foreign = {name for c in bank.concepts for _, name in c.foreign} - {"pizza"}
-    lines = [s for s in of_kind(scenes, "plain") if any(name in s.caption for name in foreign)]
+    lines = [s for s in of_kind(scenes, "plain") if any(f" {n} " in f" {s.caption} " for n in foreign)]
     assert len(lines) > 20 and all(s.background is None for s in lines)
