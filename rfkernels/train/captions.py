@@ -158,10 +158,15 @@ class Captions:
 
     @staticmethod
     def _nouns(concept: Concept) -> tuple[str, ...]:
-        """Short names that stand as a noun in a sentence; the label alone if there are none."""
-        label = concept.label.lower()
-        names = [n.lower() for n in concept.names if not n.endswith("ing")]
-        return tuple(n for n in (label, *names) if len(words(n)) <= 4) or (label,)
+        """Short names that stand as a noun in a sentence; the label alone if there are none.
+
+        Of a smiley the shortcodes alone ("flushed", "joy") name no thing, so they must hold the word face.
+        """
+        label, chosen = concept.label.lower(), concepts.ALIASES.get(concept.label, ())
+        smiley = "face" in words(label) and concept.group == "smileys-emotion"
+        names = [n.lower() for n in concept.names if not smiley or n in chosen or "face" in words(n)]
+        nouns = [n for n in (label, *names) if len(words(n)) <= 4 and not n.endswith("ing")]
+        return tuple(nouns) or (label,)
 
     def _noun(self, concept: int, rng: random.Random) -> str:
         nouns = self.nouns[concept]
