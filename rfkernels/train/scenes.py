@@ -31,6 +31,7 @@ KINDS = {
     "accessory": 0.10,
 }
 TRIES = 200  # for a combination that is allowed, before a scene becomes plain
+COLOURED = 0.4  # least share of coloured pixels in what is tinted
 RARE = 100  # times as many for one that is held out
 OWN_HUE = 30  # degrees: a glyph is not tinted to a colour this near to its own, nor on such a background
 VIVID = (0.5, 0.55)  # least mean saturation and value of what is tinted: else "pink" comes out as brown
@@ -254,7 +255,8 @@ class SceneSampler:
             coloured = saturation > 0.2
             means = saturation[coloured].sum(), value[coloured].sum()
             least = (limit * max(coloured.sum(), 1) for limit in VIVID)
-            self.vivid[row] = all(mean >= limit for mean, limit in zip(means, least, strict=True))
+            bright = all(mean >= limit for mean, limit in zip(means, least, strict=True))
+            self.vivid[row] = bright and coloured.mean() >= COLOURED
         return self.vivid[row]
 
     def _count(self, rng: random.Random) -> Scene | None:
