@@ -25,7 +25,7 @@ def pixel(x: Tensor, cells: int = 16) -> Tensor:
 
 
 def outline(x: Tensor, width: float = 0.03) -> Tensor:
-    """A white edge around a picture of -1 .. 1, as wide as a share of its size, and a thin dark one outside."""
+    """A white edge around a picture of -1 .. 1, as wide as a share of its size, then a dark one."""
     c = _inset((x + 1) / 2)
     edge = max(1, round(width * x.shape[-1]))
     white = _grown(c[:, 3:], edge)
