@@ -30,21 +30,18 @@ class StyleTask(FlowTask):
 
     def __init__(self, *arguments, style: str, word: str = ""):
         super().__init__(*arguments)
-        self.draw = STYLES[style]
-        self.word = word
+        self.style, self.word = STYLES[style], word
         self.settings = {**self.settings, "style": style, "word": word}
 
     def _arrays(self, scenes: list, step: int) -> tuple[np.ndarray | Tensor, ...]:
-        solid = torch.tensor([(*s.rgb, 1.0) if s.rgb is not None else (0.0,) * 4 for s in scenes])
-        said = [f"{self.word} {s.caption}" if self.word and s.caption else s.caption for s in scenes]
-        bare = [replace(s, background=None, rgb=None, caption=c) for s, c in zip(scenes, said, strict=True)]
-        return solid, *super()._arrays(bare, step)
+        if self.word:
+            scenes = [replace(s, caption=f"{self.word} {s.caption}" if s.caption else "") for s in scenes]
+        return super()._arrays(scenes, step)
 
-    def prepare(
-        self, solid: Tensor, keys: Tensor, rows: Tensor, weights: Tensor, mask: Tensor, *arrays: Tensor
-    ):
-        drawn = (self.draw(self.renderer.draw(arrays)) + 1) / 2
-        x0 = 2 * over(drawn, solid[:, :, None, None]) - 1
+    def prepare(self, keys: Tensor, rows: Tensor, weights: Tensor, mask: Tensor, *arrays: Tensor):
+        *items, grounds = arrays
+        drawn = self.style(self.renderer.draw((*items, torch.zeros_like(grounds))))
+        x0 = 2 * over((drawn + 1) / 2, grounds[:, :, None, None]) - 1
         sigma = self.levels.sample(keys)
         return ops.renoise(x0, 1 - sigma, sigma, keys=keys), x0, sigma, rows, weights, mask
 

@@ -1,7 +1,8 @@
 """Pairs (noise, caption, picture) for reflow and distillation: where a teacher's guided flow takes noise.
 
-Pair i is a pure function of (weights, seed, i): its noise is `philox_normal` under the key (seed, i, 0) and
-is never stored, its caption is number i of a list of scenes, its picture follows. A folder holds
+Pair i is a pure function of (weights, seed, i), also when a run stops and goes on: its noise is
+`philox_normal` under the key (seed, i, 0) and is never stored, its caption is number i of a list of scenes,
+its picture follows. A folder holds
 `pictures.u8`, which grows, `captions.jsonl` beside it, and `record.json` that says what they are pairs of.
 """
 
@@ -101,9 +102,10 @@ def make_pairs(
     guidance: float | None = None,
     shift: float | None = None,
     batch: int | None = None,
+    dtype: str = "auto",
     minutes: float = float("inf"),
 ) -> Pairs:
-    """Adds pairs to a folder until it holds `count` or the minutes are over; returns all it holds then.
+    """Adds whole batches to a folder until it holds `count` pairs or the minutes are over; returns all of them.
 
     Args:
         folder: what is there already must be pairs of the same settings, and is kept.
@@ -111,37 +113,39 @@ def make_pairs(
         bank, captions: where captions come from; None: the scenes of the bank, None: the default bank.
         seed: of noises and captions.
         steps, method, guidance, shift: of the teacher's sampler; None: what its weights say.
-        batch: pairs that are made together, by default 32 on a CPU and 256 on a GPU. A picture may differ in
-            its last bit with it, a noise and a caption never.
+        batch: pairs that are made together, by default 32 on a CPU and 256 on a GPU. With it the rounding of
+            a picture changes, noises and captions do not.
+        dtype: of the teacher, as in `Pipeline.load`.
 
     Raises:
         ValueError: the folder holds pairs of other settings; the message names them.
     """
     folder, path, where = Path(folder), Path(weights or DEFAULT_WEIGHTS), torch.device(device)
-    kind = resolve_dtype("auto", where)
+    kind = resolve_dtype(dtype, where)
     teacher = load_emoji(path, device=where, dtype=kind)
     c = teacher.config
     guidance = c.guidance if guidance is None else float(guidance)
     shift = c.shift if shift is None else float(shift)
+    batch = batch or (32 if where.type == "cpu" else 256)
     record = {"weights": digest_of(path), "size": c.size, "seed": seed, "steps": steps, "method": method}
-    _claim(folder, record | {"guidance": guidance, "shift": shift, "dtype": str(kind)})
+    record |= {"guidance": guidance, "shift": shift, "dtype": str(kind), "batch": batch}
+    _claim(folder, record)
     if captions is None:
         if bank is None:
             from rfkernels.train.glyphs import open_bank
 
             bank = open_bank()
         captions = scene_captions(bank, seed)
-    batch = batch or (32 if where.type == "cpu" else 256)
     sigmas = samplers.schedule("shift", steps, shift=shift)
     end = time.monotonic() + 60 * minutes
-    done = _trimmed(folder, c.size)
+    done = _trimmed(folder, batch)
     while done < count and time.monotonic() < end:
-        rows = range(done, min(done + batch, count))
-        lines = captions(done, len(rows))
-        lines = ["" if i % BLANK == BLANK - 1 else line for i, line in zip(rows, lines, strict=True)]
-        keys = noise_keys(seed, len(rows), first_sample=done, device=where)
+        lines = [
+            "" if i % BLANK == BLANK - 1 else line for i, line in enumerate(captions(done, batch), start=done)
+        ]
+        keys = noise_keys(seed, batch, first_sample=done, device=where)
         _append(folder, _pictures(teacher, lines, keys, sigmas, method, guidance), lines)
-        done += len(rows)
+        done += batch
     return Pairs(folder)
 
 
@@ -176,13 +180,13 @@ def _claim(folder: Path, record: dict) -> None:
         raise ValueError(f"pairs of the same settings are required in {folder}, it has {'; '.join(other)}")
 
 
-def _trimmed(folder: Path, size: int) -> int:
-    """The number of whole pairs in a folder, after cutting off what an interrupted run left half written."""
+def _trimmed(folder: Path, batch: int) -> int:
+    """The pairs of the whole batches in a folder, after cutting off what an interrupted run left half written."""
     pairs = Pairs(folder)
-    done = len(pairs)
-    (folder / "captions.jsonl").write_text("".join(json.dumps(c) + "\n" for c in pairs.captions))
+    done = len(pairs) // batch * batch
+    (folder / "captions.jsonl").write_text("".join(json.dumps(c) + "\n" for c in pairs.captions[:done]))
     with open(folder / "pictures.u8", "ab") as file:
-        file.truncate(done * 4 * size * size)
+        file.truncate(done * 4 * pairs.record["size"] ** 2)
     return done
 
 
