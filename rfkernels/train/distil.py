@@ -56,9 +56,12 @@ class DistilTask(ReflowTask):
         levels = torch.where(distilled, few, UShaped(self.levels).sample(keys))
         return torch.stack([levels, distilled.double(), own.double()])
 
-    def prepare(self, pictures, kept, keys, drawn, rate, *words: Tensor) -> tuple[Tensor, ...]:
+    def prepare(
+        self, pictures: Tensor, kept: Tensor, keys: Tensor, rate: Tensor, *words: Tensor
+    ) -> tuple[Tensor, ...]:
         x0, noise = self.pair(pictures, kept, keys, rate)
-        sigma, distilled, own = drawn[0], drawn[1].bool(), drawn[2].bool()
+        sigma, distilled, own = self.sigma(keys)
+        distilled, own = distilled.bool(), own.bool()
         x, _ = interpolate(x0, sigma, noise)
         if self.student is not None and self.own:
             with torch.autocast(x.device.type, torch.bfloat16):

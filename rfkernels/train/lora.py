@@ -13,6 +13,7 @@ from rfkernels.train.emoji import FlowTask, Levels
 from rfkernels.train.glyphs import Bank, open_bank
 from rfkernels.train.lowrank import adapt, largest_rank, write_lora
 from rfkernels.train.reflow import begin
+from rfkernels.train.render import Packed
 from rfkernels.train.styles import STYLES, over
 
 __all__ = ["LARGEST", "RECIPE", "STYLES", "StyleTask", "train"]
@@ -33,14 +34,14 @@ class StyleTask(FlowTask):
         self.style, self.word = STYLES[style], word
         self.settings = {**self.settings, "style": style, "word": word}
 
-    def _arrays(self, scenes: list, step: int) -> tuple[np.ndarray | Tensor, ...]:
+    def _arrays(self, scenes: list, step: int) -> tuple:
         if self.word:
             scenes = [replace(s, caption=f"{self.word} {s.caption}" if s.caption else "") for s in scenes]
         return super()._arrays(scenes, step)
 
-    def prepare(self, keys: Tensor, rows: Tensor, weights: Tensor, mask: Tensor, *arrays: Tensor):
-        *items, grounds = arrays
-        drawn = self.style(self.renderer.draw((*items, torch.zeros_like(grounds))))
+    def prepare(self, keys: Tensor, rows: Tensor, weights: Tensor, mask: Tensor, packed: Packed):
+        grounds = torch.from_numpy(packed.grounds).to(keys.device)
+        drawn = self.style(self.renderer.draw(packed._replace(grounds=np.zeros_like(packed.grounds))))
         x0 = 2 * over((drawn + 1) / 2, grounds[:, :, None, None]) - 1
         sigma = self.levels.sample(keys)
         return ops.renoise(x0, 1 - sigma, sigma, keys=keys), x0, sigma, rows, weights, mask

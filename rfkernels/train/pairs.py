@@ -105,7 +105,7 @@ def make_pairs(
     dtype: str = "auto",
     minutes: float = float("inf"),
 ) -> Pairs:
-    """Adds whole batches to a folder until it holds `count` pairs or the minutes are over; returns all of them.
+    """Adds whole batches until a folder holds `count` pairs or the minutes are over; returns all of them.
 
     Args:
         folder: what is there already must be pairs of the same settings, and is kept.
@@ -181,7 +181,7 @@ def _claim(folder: Path, record: dict) -> None:
 
 
 def _trimmed(folder: Path, batch: int) -> int:
-    """The pairs of the whole batches in a folder, after cutting off what an interrupted run left half written."""
+    """The pairs of the whole batches in a folder, after cutting off what a run left half written."""
     pairs = Pairs(folder)
     done = len(pairs) // batch * batch
     (folder / "captions.jsonl").write_text("".join(json.dumps(c) + "\n" for c in pairs.captions[:done]))

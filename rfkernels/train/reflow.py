@@ -81,7 +81,7 @@ class ReflowTask(loop.Task):
         words = text.tokenize(lines, self.table, length=text.MAX_WORDS)
         rate = anneal_rate(step=step, steps=self.anneal) if self.anneal else 0.0
         pictures = np.ascontiguousarray(self.pairs.pictures[rows])
-        return pictures, self.pairs.keys(rows), keys, self.sigma(keys), torch.tensor(rate), *words
+        return pictures, self.pairs.keys(rows).numpy(), keys.numpy(), np.array(rate, np.float32), *words
 
     def pair(self, pictures: Tensor, kept: Tensor, keys: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
         """The pictures in [-1, 1] and the noise that goes with them."""
@@ -93,8 +93,11 @@ class ReflowTask(loop.Task):
             noise = renoise(noise, (1 - rate**2).sqrt(), rate, keys)
         return x0, noise
 
-    def prepare(self, pictures, kept, keys, sigma, rate, *words: Tensor) -> tuple[Tensor, ...]:
+    def prepare(
+        self, pictures: Tensor, kept: Tensor, keys: Tensor, rate: Tensor, *words: Tensor
+    ) -> tuple[Tensor, ...]:
         x0, noise = self.pair(pictures, kept, keys, rate)
+        sigma = self.sigma(keys)
         x, _ = interpolate(x0, sigma, noise)
         return x, x0, sigma.float(), sigma.float().clamp(min=SIGMA_MIN), *words
 
