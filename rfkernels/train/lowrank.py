@@ -51,10 +51,10 @@ def largest_rank(model: EmojiFlow, size: int, most: int) -> int:
     """
     layers = targets(model).values()
     each = 2 * sum(m.in_features + m.out_features for m in layers)
-    rank = min(most, (size - NAMES * len(layers)) // each)
-    if rank < 1:
+    room = (size - NAMES * len(layers)) // each
+    if room < 1:
         raise ValueError(f"a file of rank 1 needs {each + NAMES * len(layers)} bytes, got a limit of {size}")
-    return rank
+    return min(most, room)
 
 
 def adapt(model: EmojiFlow, rank: int, alpha: float | None = None) -> EmojiFlow:

@@ -29,12 +29,12 @@ def outline(x: Tensor, width: float = 0.03) -> Tensor:
     c = _inset((x + 1) / 2)
     edge = max(1, round(width * x.shape[-1]))
     white = _grown(c[:, 3:], edge)
-    dark = _grown(white, max(1, edge // 3))
+    dark = _grown(white, max(1, edge // 2))
     back = torch.cat([white.expand(-1, 3, -1, -1), dark], 1)
     return 2 * over(c, back.clamp(0, 1)) - 1
 
 
-def glow(x: Tensor, width: float = 0.06, strength: float = 0.9) -> Tensor:
+def glow(x: Tensor, width: float = 0.03, strength: float = 0.9) -> Tensor:
     """A blurred halo around a picture of -1 .. 1 in its own mean colour, made brighter."""
     c = _inset((x + 1) / 2)
     edge = max(1, round(width * x.shape[-1]))
