@@ -19,22 +19,21 @@ NAMES = 512  # bytes of a file that name a layer's three tensors, at most
 
 
 class LowRank(nn.Linear):
-    """A frozen layer and its branch: x W^T + b + (alpha / r) (x A^T) B^T, A [r, in], B [out, r].
+    """A frozen layer and its branch: x W^T + b + (x A^T) B^T, A [r, in], B [out, r].
 
     Unlike a product with W + s B A, its backward pass needs no gradient of W's shape.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+    def __init__(self, base: nn.Linear, rank: int):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias, self.alpha = base.weight, base.bias, alpha
+        self.weight, self.bias = base.weight, base.bias
         weight = base.weight
         self.lora_A = nn.Parameter(torch.randn(rank, self.in_features).to(weight) * self.in_features**-0.5)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank).to(weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return F.linear(x, self.weight, self.bias) + (self.alpha / len(self.lora_A)) * branch
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
 def targets(model: EmojiFlow) -> dict[str, nn.Linear]:
@@ -57,11 +56,8 @@ def largest_rank(model: EmojiFlow, size: int, most: int) -> int:
     return min(most, room)
 
 
-def adapt(model: EmojiFlow, rank: int, alpha: float | None = None) -> EmojiFlow:
+def adapt(model: EmojiFlow, rank: int) -> EmojiFlow:
     """Freezes the model, gives its layers (`targets`) branches of that rank, and returns it.
-
-    Args:
-        alpha: None: the rank, so that the branch is not scaled.
 
     Raises:
         ValueError: a rank below 1.
@@ -71,12 +67,12 @@ def adapt(model: EmojiFlow, rank: int, alpha: float | None = None) -> EmojiFlow:
     model.requires_grad_(False)
     for name, layer in targets(model).items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, LowRank(layer, rank, float(alpha or rank)))
+        setattr(model.get_submodule(parent), leaf, LowRank(layer, rank))
     return model
 
 
 def write_lora(state: loop.State, path: Path, start: str | Path | None, **metadata: str) -> Path:
-    """Writes the averaged branches as float16 under PEFT's names, with `.alpha`, and returns `path`.
+    """Writes the averaged branches as float16 under PEFT's names, with `.alpha` the rank, and returns `path`.
 
     start: the weights file that they belong to, whose sha256 is noted beside licence and record of the run.
     """
@@ -87,7 +83,7 @@ def write_lora(state: loop.State, path: Path, start: str | Path | None, **metada
         if isinstance(layer, LowRank):
             tensors[f"{name}.lora_A.weight"] = layer.lora_A.detach().half().cpu().contiguous()
             tensors[f"{name}.lora_B.weight"] = layer.lora_B.detach().half().cpu().contiguous()
-            tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float16)
+            tensors[f"{name}.alpha"] = torch.tensor(len(layer.lora_A), dtype=torch.float16)
     record = {"format": "rfkernels-lora", "base": f"sha256:{digest_of(start or DEFAULT_WEIGHTS)}"}
     training = json.dumps({**asdict(state.recipe), "started_from": None, "steps_done": state.step})
     partial = path.with_suffix(".partial")

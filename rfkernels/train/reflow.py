@@ -120,7 +120,6 @@ def begin(
         raise FileNotFoundError(f"resume needs {out / 'last.pt'}, which is not there; start without resume")
     torch.manual_seed(seed)
     model = load_emoji(path).requires_grad_(True).train()
-    model.config = replace(model.config, guidance=1.0)
     return out, model, replace(recipe, seed=seed, started_from=read_record(path)["training"])
 
 
