@@ -95,7 +95,7 @@ class EmojiFlow(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.out.bias.dtype  # a weight may be quantised
+        return self.out_offset.dtype  # layers may be quantised or hold adapters
 
     def encode(self, prompts: list[str]) -> TextTokens:
         """Tokenizes prompts; "" is the unconditional prompt. Words beyond 16 are cut, see `truncated`."""
@@ -103,7 +103,7 @@ class EmojiFlow(nn.Module):
         split = [text_module.words(p) for p in prompts]
         known = set(self.known_words.tolist())
         used = [s[: text_module.MAX_WORDS] for s in split]
-        device = self.out.weight.device
+        device = self.out_offset.device
         return TextTokens(
             torch.from_numpy(rows).to(device),
             torch.from_numpy(weights).to(device),

@@ -92,7 +92,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, rows: Tensor, weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Word features [batch, words, width] and their mean over words [batch, width] (0 for no word)."""
-        dtype = self.join.bias.dtype  # the weight may be quantised
+        dtype = self.position.dtype  # the layers may be quantised or hold adapters
         e = (self.table[rows] * weights[..., None].to(self.table.dtype)).sum(-2).to(dtype)
         before, after = F.pad(e, (0, 0, 1, 0))[:, :-1], F.pad(e, (0, 0, 0, 1))[:, 1:]
         place = self.position[: e.shape[1]].to(dtype)

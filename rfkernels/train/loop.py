@@ -105,7 +105,8 @@ def new_state(model: EmojiFlow, recipe: Recipe, device: torch.device) -> State:
     """A run of `model` (moved to `device`) that has not begun."""
     model.to(device)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    muon = Muon([p for n, p in named if _is_hidden_matrix(n, p)], lr=recipe.muon_lr)
+    matrices = {"params": [p for n, p in named if _is_hidden_matrix(n, p)]}  # none where adapters are trained
+    muon = Muon([matrices], lr=recipe.muon_lr)
     rest = [p for n, p in named if not _is_hidden_matrix(n, p)]
     adam = torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
     return State(model, copy.deepcopy(model).requires_grad_(False), muon, adam, recipe)
