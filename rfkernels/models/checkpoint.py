@@ -6,6 +6,7 @@ of the model, the licence and the record of the training.
 """
 
 import json
+import math
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -33,6 +34,7 @@ LICENCE = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Fluent Emoji (MIT)
 SCALE = ".scale"
 LIMITS = {"double_blocks": 64, "single_blocks": 64, "table": 1 << 20}  # a larger number is not one of ours
 LARGEST = 8192
+LATER = {"text.position"}  # zeros in files that were written before it was there
 
 
 class WeightsError(ValueError):
@@ -91,6 +93,7 @@ def read_emoji(path: Path, *, device: torch.device, dtype: torch.dtype) -> Emoji
     with torch.device("meta"):
         model = EmojiFlow(_config(path, metadata))
     wanted = {name: p.shape for name, p in model.state_dict().items() if name != "known_words"}
+    tensors |= {n: torch.zeros(wanted[n], dtype=torch.float16) for n in LATER - set(tensors)}
     _check_names(path, wanted, tensors)
     loaded = {name: _parameter(path, name, shape, tensors) for name, shape in wanted.items()}
     words = tensors["known_words"]
@@ -138,9 +141,11 @@ def _config(path: Path, metadata: dict[str, str]) -> EmojiConfig:
         raw = json.loads(metadata["architecture"])
         raw["styles"] = tuple(map(str, raw["styles"]))
         config = EmojiConfig(**raw)
-        numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "styles"}
+        numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.type is int}
         sound = all(type(v) is int and 0 < v <= LIMITS.get(k, LARGEST) for k, v in numbers.items())
         sound = sound and config.size % config.patch == 0 and config.width % (4 * config.heads) == 0
+        sound = sound and math.isfinite(config.guidance) and 0 < config.shift <= LARGEST
+        sound = sound and isinstance(config.method, str)
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:

@@ -21,7 +21,10 @@ DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "emoji.safetensors"
 
 @dataclass(frozen=True)
 class EmojiConfig:
-    """The shape of the model; stored in the weights file."""
+    """The shape of the model, and how it is best sampled; stored in the weights file.
+
+    steps, guidance (1: none), method: of the sampler; shift: of its schedule, 1 is linear.
+    """
 
     size: int = 64
     patch: int = 8
@@ -34,6 +37,10 @@ class EmojiConfig:
     table: int = 8192
     embed: int = 128
     styles: tuple[str, ...] = ("noto", "blob", "flat", "3d")
+    steps: int = 8
+    guidance: float = 3.0
+    shift: float = 1.0
+    method: str = "ab2"
 
 
 class EmojiFlow(nn.Module):

@@ -77,16 +77,17 @@ def tokenize(
 
 
 class TextEncoder(nn.Module):
-    """Hashed embeddings, each joined with its two neighbours, through an MLP to [batch, words, width].
+    """Hashed embeddings, each joined with its two neighbours and its place, to [batch, words, width].
 
-    The neighbours carry word order ("blue background" against "blue heart"); attention later treats words as
-    a set.
+    Neighbours and places carry word order ("blue background" against "blue heart", "a cat left of a dog");
+    attention later treats words as a set.
     """
 
     def __init__(self, table: int, embed: int, width: int):
         super().__init__()
         self.table = nn.Parameter(torch.empty(table, embed))
         self.join = nn.Linear(3 * embed, width)
+        self.position = nn.Parameter(torch.zeros(MAX_WORDS, width))
         self.out = nn.Linear(width, width)
 
     def forward(self, rows: Tensor, weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,8 @@ class TextEncoder(nn.Module):
         dtype = self.join.bias.dtype  # the weight may be quantised
         e = (self.table[rows] * weights[..., None].to(self.table.dtype)).sum(-2).to(dtype)
         before, after = F.pad(e, (0, 0, 1, 0))[:, :-1], F.pad(e, (0, 0, 0, 1))[:, 1:]
-        h = self.out(F.silu(self.join(torch.cat([before, e, after], -1))))
+        place = self.position[: e.shape[1]].to(dtype)
+        h = self.out(F.silu(self.join(torch.cat([before, e, after], -1)) + place))
         keep = mask[..., None].to(h.dtype)
         h = h * keep
         return h, h.sum(1) / keep.sum(1).clamp(min=1)
