@@ -22,7 +22,7 @@ from rfkernels.train.layouts import Item, accessory_items, box_of, slot_of
 from rfkernels.train.render import Renderer
 from rfkernels.train.scenes import Scene
 
-__all__ = ["Judge", "Study", "kind_of", "on_white", "open_judge", "train_judge"]
+__all__ = ["Judge", "Study", "accuracy", "kind_of", "on_white", "open_judge", "train_judge"]
 
 SIDE = 32  # pixels that the judge sees
 CELL, ANGLES = 4, 8  # a histogram of 8 directions in every 4 x 4 pixels
@@ -103,6 +103,11 @@ def _network(kinds: int, width: int) -> nn.Sequential:
         nn.Linear(width, width // 2), nn.LayerNorm(width // 2), nn.GELU(), nn.Dropout(0.2),
         nn.Linear(width // 2, kinds),
     )  # fmt: skip
+
+
+def accuracy(ranks: Tensor) -> dict[str, float]:
+    """Shares of hits and of ranks below 5."""
+    return {"top1": (ranks == 0).float().mean().item(), "top5": (ranks < 5).float().mean().item()}
 
 
 def train_judge(bank: Bank, study: Study = Study()) -> Judge:
@@ -193,11 +198,8 @@ def open_judge(bank: Bank, folder: Path | None = None, study: Study = Study()) -
     """The judge of a bank and a study: read from `folder` if it was trained before, else trained and kept."""
     if folder is None:
         return train_judge(bank, study)
-    seen = hashlib.sha256(json.dumps(asdict(study)).encode())
-    seen.update(
-        json.dumps([(bank.concepts[g.concept].label, g.style, g.split) for g in bank.glyphs]).encode()
-    )
-    seen.update(np.ascontiguousarray(bank.images[:, ::4, ::4]).tobytes())
+    names = [(bank.concepts[g.concept].label, g.style, g.split) for g in bank.glyphs]
+    seen = hashlib.sha256(json.dumps([asdict(study), names, bank.sources]).encode())
     path = Path(folder) / f"judge-{seen.hexdigest()[:12]}.pt"
     if path.exists():
         record = torch.load(path, weights_only=True)

@@ -108,7 +108,7 @@ class Examiner:
         parts = shapes.blobs(mask)[0]
         if not len(parts):
             return False, False
-        views = self._views(picture.expand(len(parts), -1, -1, -1), parts)
+        views = self.views(picture.expand(len(parts), -1, -1, -1), parts)
         best = self.judge.scores(views).mean(0).argmax()
         return len(parts) == len(scene.items), int(best) == self._kind(scene.items[0])
 
@@ -117,7 +117,7 @@ class Examiner:
         before = at < CUTS[:, None]  # [cuts, size]
         sides = torch.cat([before[:, None, :] & mask, before[:, :, None] & mask])  # left parts, upper parts
         halves = torch.stack([sides, mask & ~sides], 1)  # [18, 2, size, size]
-        views = self._views(picture.expand(2 * len(halves), -1, -1, -1), halves.flatten(0, 1))
+        views = self.views(picture.expand(2 * len(halves), -1, -1, -1), halves.flatten(0, 1))
         scores = self.judge.scores(views).unflatten(0, (-1, 2))  # [18, 2, kinds]
         a, b = (self._kind(item) for item in scene.items[:2])
         fit = torch.stack([scores[:, 0, a] + scores[:, 1, b], scores[:, 0, b] + scores[:, 1, a]], 1)
@@ -143,7 +143,7 @@ class Examiner:
             options = [Scene("plain", (replace(item, glyph=g, angle=angle),)) for g in self._rows(item)]
             near[turn] = self._distance(picture, mask, options)
         upright, seen = (_turned_back(x, item.angle) for x in (picture, 2.0 * mask[:, None] - 1))
-        views = self._views(upright, seen[:, 0] > 0)
+        views = self.views(upright, seen[:, 0] > 0)
         return min(near, key=near.get) == scene.relation, self._hit(views, item)
 
     def _accessory(self, scene: Scene, picture: Tensor, mask: Tensor) -> tuple[bool, bool]:
@@ -172,14 +172,15 @@ class Examiner:
         rows = [(i, slot_of(self.labels[i])) for i, g in enumerate(self.bank.glyphs) if g.style == style]
         return [(None, ""), *((row, slot) for row, slot in rows if slot)]
 
-    def _views(self, pictures: Tensor, masks: Tensor) -> Tensor:
+    def views(self, pictures: Tensor, masks: Tensor) -> Tensor:
+        """Each mask's part of its picture, as the judge sees objects."""
         return shapes.crop(shapes.cut_out(pictures, masks), shapes.boxes(masks), SIDE)
 
     def _hit(self, views: Tensor, item: Item) -> bool:
         return int(self.judge.scores(views)[0].argmax()) == self._kind(item)
 
     def _shows(self, scene: Scene, picture: Tensor, mask: Tensor) -> bool:
-        return self._hit(self._views(picture, mask), scene.items[0])
+        return self._hit(self.views(picture, mask), scene.items[0])
 
     def _distance(self, picture: Tensor, mask: Tensor, scenes: list[Scene]) -> float:
         """Least mean square difference of the object, shifted a little, and renders of scenes."""
