@@ -33,6 +33,7 @@ __all__ = ["Examiner", "Verdict", "named_colour"]
 CUTS = torch.linspace(0.3, 0.7, 9)  # where two objects may part, as shares of the picture
 LARGEST_SMALL = 0.55  # edge of an object that still stands in a corner
 BIGGER = 1.25  # least ratio of edges
+FIELD, SHIFT = 64, 3  # pixels a side in which renders are compared, and by how many they may be moved
 THIRDS = (0.38, 0.62)  # borders of left, middle, right
 
 
@@ -65,10 +66,13 @@ class Examiner:
     def __init__(self, bank: Bank, judge: Judge):
         self.bank, self.judge = bank, judge
         self.labels = [bank.concepts[g.concept].label for g in bank.glyphs]
-        self.renderer = Renderer(bank, "cpu", size=SIDE)
+        self.renderer = Renderer(bank, "cpu", size=FIELD)
         self.styles: dict[int, list[int]] = {}  # concept -> rows
+        self.worn: dict[str, list[int]] = {}  # style -> rows of what faces wear
         for row, glyph in enumerate(bank.glyphs):
             self.styles.setdefault(glyph.concept, []).append(row)
+            if slot_of(self.labels[row]):
+                self.worn.setdefault(glyph.style, []).append(row)
 
     def examine(self, scenes: list[Scene], pictures: Tensor) -> list[Verdict]:
         """A verdict for each scene and its picture [scenes, 4, size, size]."""
@@ -138,25 +142,23 @@ class Examiner:
 
     def _turned(self, scene: Scene, picture: Tensor, mask: Tensor) -> tuple[bool, bool]:
         item = scene.items[0]
-        near = {}
-        for turn, angle in {"": 0, **ANGLES}.items():
-            options = [Scene("plain", (replace(item, glyph=g, angle=angle),)) for g in self._rows(item)]
-            near[turn] = self._distance(picture, mask, options)
+        options = {
+            turn: [(replace(item, glyph=g, angle=angle),) for g in self._rows(item)]
+            for turn, angle in {"": 0, **ANGLES}.items()
+        }
         upright, seen = (_turned_back(x, item.angle) for x in (picture, 2.0 * mask[:, None] - 1))
         views = self.views(upright, seen[:, 0] > 0)
-        return min(near, key=near.get) == scene.relation, self._hit(views, item)
+        return self._nearest(scene, picture, options) == scene.relation, self._hit(views, item)
 
     def _accessory(self, scene: Scene, picture: Tensor, mask: Tensor) -> tuple[bool, bool]:
         face, worn = scene.items
-        near = {}
+        options: dict[str, list[tuple[Item, ...]]] = {}
         for row in self._rows(face):
-            style = self.bank.glyphs[row].style
-            for thing, slot in self._things(style):
-                items = (Item(row),) if thing is None else accessory_items(self.bank, row, thing, slot)
+            for thing in (None, *self.worn.get(self.bank.glyphs[row].style, ())):
                 label = "" if thing is None else self.labels[thing]
-                near.setdefault(label, []).append(replace(scene, items=items, background=None, rgb=None))
-        distances = {label: self._distance(picture, mask, options) for label, options in near.items()}
-        best = min(distances, key=distances.get)
+                both = accessory_items(self.bank, row, thing, slot_of(label)) if label else (Item(row),)
+                options.setdefault(label, []).append(both)
+        best = self._nearest(scene, picture, options)
         return best == self.labels[worn.glyph], self._shows(scene, picture, mask)
 
     # Parts.
@@ -168,10 +170,6 @@ class Examiner:
         """The glyphs of an item's concept in every style: a caption need not name its style."""
         return self.styles[self.bank.glyphs[item.glyph].concept]
 
-    def _things(self, style: str) -> list[tuple[int | None, str]]:
-        rows = [(i, slot_of(self.labels[i])) for i, g in enumerate(self.bank.glyphs) if g.style == style]
-        return [(None, ""), *((row, slot) for row, slot in rows if slot)]
-
     def views(self, pictures: Tensor, masks: Tensor) -> Tensor:
         """Each mask's part of its picture, as the judge sees objects."""
         return shapes.crop(shapes.cut_out(pictures, masks), shapes.boxes(masks), SIDE)
@@ -182,13 +180,17 @@ class Examiner:
     def _shows(self, scene: Scene, picture: Tensor, mask: Tensor) -> bool:
         return self._hit(self.views(picture, mask), scene.items[0])
 
-    def _distance(self, picture: Tensor, mask: Tensor, scenes: list[Scene]) -> float:
-        """Least mean square difference of the object, shifted a little, and renders of scenes."""
-        renders = self.renderer(scenes)
-        own = F.interpolate(shapes.cut_out(picture, mask), (SIDE, SIDE), mode="area")
-        padded = F.pad(own + 1, (2, 2, 2, 2)) - 1
-        shifts = [padded[..., y : y + SIDE, x : x + SIDE] for y in range(5) for x in range(5)]
-        return min((s - renders).square().mean((1, 2, 3)).min().item() for s in shifts)
+    def _nearest(self, scene: Scene, picture: Tensor, options: dict[str, list[tuple[Item, ...]]]) -> str:
+        """The option with the render, on the scene's ground, that the picture differs least from.
+
+        The difference is the mean square of RGBA at 64 pixels, the least over shifts of up to 3 pixels.
+        """
+        names = [name for name, sets in options.items() for _ in sets]
+        drawn = self.renderer([replace(scene, items=s) for sets in options.values() for s in sets]).flatten(1)
+        own = F.pad(F.adaptive_avg_pool2d(picture, FIELD), [SHIFT] * 4, mode="replicate")[0]
+        moved = own.unfold(1, FIELD, 1).unfold(2, FIELD, 1).permute(1, 2, 0, 3, 4).reshape(-1, drawn.shape[1])
+        apart = moved.square().sum(1)[:, None] + drawn.square().sum(1) - 2 * moved @ drawn.T
+        return names[int(apart.amin(0).argmin())]
 
 
 def _turned_back(x: Tensor, angle: float) -> Tensor:

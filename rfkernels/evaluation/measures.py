@@ -16,6 +16,8 @@ from rfkernels.train.concepts import BACKGROUNDS, TINTS
 
 __all__ = ["background_names", "colour_names", "nearest", "silhouette_overlap", "transparent_corners"]
 
+CRIMSON = (334, 0.72)  # a hue and a saturation from which on pink is called red
+
 
 def colour_names(pictures: Tensor, masks: Tensor | None = None) -> list[str]:
     """The word of TINTS whose hue is nearest to the main hue of the opaque, saturated pixels; "" for none.
@@ -39,7 +41,9 @@ def _colour_name(image: Image.Image, mask: np.ndarray | bool) -> str:
     turn = (hsv[..., 0][chosen] * 360 - centre + 180) % 360 - 180
     main = np.abs(turn) < 15
     hue = centre + np.average(turn[main])
-    return min(TINTS, key=lambda name: abs((hue - TINTS[name][0] + 180) % 360 - 180))
+    name = min(TINTS, key=lambda name: abs((hue - TINTS[name][0] + 180) % 360 - 180))
+    deep = hue % 360 > CRIMSON[0] and hsv[..., 1][chosen][main].mean() > CRIMSON[1]
+    return "red" if name == "pink" and deep else name
 
 
 def background_names(pictures: Tensor) -> list[str]:
