@@ -47,11 +47,11 @@ class Task:
 
     settings: Mapping = MappingProxyType({})  # recorded with the recipe
 
-    def inputs(self, step: int) -> tuple[np.ndarray | Tensor, ...]:
-        """Arrays of step number `step`."""
+    def inputs(self, step: int) -> tuple:
+        """Step number `step`: NumPy arrays, which go to the device, and anything else that pickles."""
         raise TypeError(f"{type(self).__name__} must define inputs(step)")
 
-    def prepare(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, *inputs) -> tuple[Tensor, ...]:
         """On the device, without gradients: pictures and noise of the inputs."""
         return inputs
 
@@ -239,9 +239,11 @@ def _inputs_ahead(task: Task, first: int, workers: int) -> Iterator[Callable[[],
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _on(device: torch.device, inputs: tuple) -> tuple[Tensor, ...]:
-    tensors = (torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in inputs)
-    return tuple(t.to(device, non_blocking=True) for t in tensors)
+def to_device(device: torch.device, inputs: tuple) -> tuple:
+    """Arrays as tensors on the device; what is no array stays as it is."""
+    return tuple(
+        torch.from_numpy(a).to(device, non_blocking=True) if isinstance(a, np.ndarray) else a for a in inputs
+    )
 
 
 def _loss_of(task: Task, model: EmojiFlow, compile: bool) -> Callable[..., Tensor]:
@@ -302,7 +304,7 @@ def run(
     with _stop_on_signal() as stopped, _inputs_ahead(task, state.step, workers) as following:
         while state.progress() < 1 and not stopped() and (leg is None or state.seconds - before < 60 * leg):
             with torch.no_grad():
-                prepared = task.prepare(*_on(state.device, following()))
+                prepared = task.prepare(*to_device(state.device, following()))
             loss = loss_of(*prepared)
             loss.backward()
             update(state)
