@@ -14,22 +14,26 @@ LEFT_BAR = '<rect x="2" y="2" width="6" height="28" fill="#0a0"/>'
 
 EMOJI = [
     ("1F1E6", "regional indicator A", None, None, [], None),
+    ("1F600", "grinning face", 0, 0, [], "grinning"),
+    ("1FAE0", "melting face", 0, 0, [], "melting"),
+    ("1F620", "angry face", 0, 0, [], "angry"),
     ("1F436", "dog face", 3, 34, ["puppy", "pet", "pets"], ["dog_face", "dog"]),
     ("1F415", "dog", 3, 34, ["dogs", "pet", "pets"], ["dog2"]),
     ("2764-FE0F", "red heart", 0, 14, ["love", "pet"], "heart"),
     ("1F449", "backhand index pointing right", 1, 18, ["finger", "pet"], "point_right"),
     ("2B50", "star", 5, 59, ["astronomy"], "star"),
-    ("1F534", "red circle", 8, 96, ["circle"], "red_circle"),
+    ("1F534", "red circle", 8, 96, ["circle"], ["red_circle", "star"]),
     ("2122-FE0F", "trade mark", 8, 93, [], "tm"),
     ("1F3C1", "chequered flag", 9, 97, [], "chequered_flag"),
 ]
 GERMAN = [
-    ("1F436", "Hundegesicht", ["Tier", "hund", "wuff"]),
+    ("1F436", "Hundegesicht", ["Tier", "hund", "wuff", "kläffer"]),
     ("1F415", "Hund", ["Tier"]),
-    ("2B50", "Stern", []),
+    ("2B50", "Stern", ["Tier"]),
 ]
 GROUPS = {0: "smileys-emotion", 1: "people-body", 3: "animals-nature", 5: "travel-places", 8: "symbols"}
 SUBGROUPS = {
+    0: "face-smiling",
     14: "heart",
     18: "hand-single-finger",
     34: "animal-mammal",
@@ -85,6 +89,7 @@ def _iconify(style: str) -> dict:
     }
     aliases = {"star": {"parent": "sky-star"}, "point": {"parent": "left", "hFlip": True}}
     slugs = {"1f534": "red-circle", "2b50": "star", "1f449": "point", "2764": "redheart", "2122": "tm"}
+    slugs |= {"1f600": "star", "1fae0": "red-circle"}
     chars = slugs if style in ("noto", "flat") else {}
     return {
         "icons.json": {"icons": icons, "aliases": aliases, "width": 32, "height": 32},
