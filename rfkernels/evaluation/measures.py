@@ -1,4 +1,4 @@
-"""Measures of pictures without a learned judge: colours, backgrounds, silhouettes, distance to training.
+"""Measures of pictures without a learned judge: colours, backgrounds, distance to training.
 
 Pictures are [batch, 4, height, width] in [-1, 1], RGBA with premultiplied colour, as the model makes them.
 """
@@ -14,7 +14,7 @@ from rfkernels.evaluation.shapes import OPAQUE, corners, unit
 from rfkernels.models.emoji import to_images
 from rfkernels.train.concepts import BACKGROUNDS, TINTS
 
-__all__ = ["background_names", "colour_names", "nearest", "silhouette_overlap", "transparent_corners"]
+__all__ = ["background_names", "colour_names", "nearest", "transparent_corners"]
 
 CRIMSON = (334, 0.72)  # a hue and a saturation from which on pink is called red
 
@@ -59,14 +59,6 @@ def background_names(pictures: Tensor) -> list[str]:
 def transparent_corners(pictures: Tensor) -> Tensor:
     """bool[batch]: whether at least three of the four corners let 90 % of the ground through."""
     return (corners(unit(pictures))[:, 3] < 1 - OPAQUE).sum(-1) >= 3
-
-
-def silhouette_overlap(pictures: Tensor, references: Tensor) -> Tensor:
-    """[batch]: the best intersection over union of each picture's alpha > 1/2 with those of `references`."""
-    a, b = ((unit(p)[:, 3] > 0.5).flatten(1).float() for p in (pictures, references))
-    both = a @ b.T
-    union = a.sum(1)[:, None] + b.sum(1)[None] - both
-    return (both / union.clamp(min=1)).max(1).values
 
 
 def nearest(pictures: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:

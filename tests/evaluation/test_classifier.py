@@ -8,7 +8,6 @@ from rfkernels.train.scenes import Scene
 from tests.evaluation.conftest import SHORT
 from tests.train.banks import draw
 
-
 UNLIKE = ("red heart", "blue heart", "green square", "pizza", "automobile", "grinning face")
 
 

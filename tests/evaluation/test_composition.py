@@ -33,7 +33,7 @@ def row_of(bank, number: int) -> Scene:
 def pair(bank, relation: str, first="red heart", second="green square", swap=False) -> Scene:
     a, b = (item(bank, label).glyph for label in (first, second))
     if relation == "on":
-        return Scene("relation", on_top(bank, a, b) if swap else on_top(bank, b, a)[::1], relation=relation)
+        return Scene("relation", on_top(bank, a, b) if swap else on_top(bank, b, a), relation=relation)
     places = [(0.45, 0.25, 0.5), (0.45, 0.75, 0.5)]
     if relation == "above":
         places = [(s, y, x) for s, x, y in places]
