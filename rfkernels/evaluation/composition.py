@@ -77,9 +77,7 @@ class Examiner:
     def examine(self, scenes: list[Scene], pictures: Tensor) -> list[Verdict]:
         """A verdict for each scene and its picture [scenes, 4, size, size]."""
         if len(scenes) != len(pictures):
-            raise ValueError(
-                f"examine: a picture for each scene required, got {len(pictures)}, {len(scenes)}"
-            )
+            raise ValueError(f"examine: {len(scenes)} scenes need as many pictures, got {len(pictures)}")
         grounded = torch.tensor([s.background is not None for s in scenes])
         masks = shapes.foreground(pictures, grounded)
         grounds = measures.background_names(pictures)

@@ -55,7 +55,8 @@ def test_perfect_pictures_score_one(drawn, model, bank, examiner, tmp_path):
     assert scores["seen"]["top1"] >= 0.7 and scores["seen"]["nearest_distance"] < 1e-3
     assert scores["seen"]["nearest_label"] == 1 and scores["seen"]["nearest_style"] == 1
     assert [row["psnr"] for row in scores["steps_table"].values()] == [100] * 4
-    assert Image.open(tmp_path / "sheet.png").width > 8 * 32
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 8 * 32 and sheet.getbbox() == (0, 0, *sheet.size)
     text = report.table(scores)
     assert all(kind in text for kind in KINDS) and "composition ruler" in text
 
