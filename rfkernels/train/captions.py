@@ -63,7 +63,7 @@ TURNS = {
     "tilted right": ("{a} tilted right", "{a} tilted to the right", "{a} leaning right"),
 }
 
-TINTS = ("{c} {n}", "a {c} {n}", "a {c} {n}", "{c} coloured {n}", "{a} in {c}")
+TINTS = ("{cn}", "{acn}", "{acn}", "{c} coloured {n}", "{a} in {c}")
 STYLES = ("{t} {s}", "{t} {s} style", "{t} in {s} style", "{t} {s} emoji", "{s} style {t}", "{s} {t}")
 BACKGROUNDS = (
     "{t} on a {c} background",
@@ -158,10 +158,15 @@ class Captions:
 
     @staticmethod
     def _nouns(concept: Concept) -> tuple[str, ...]:
-        """Short names that stand as a noun in a sentence; the label alone if there are none."""
-        label = concept.label.lower()
-        names = [n.lower() for n in concept.names if not n.endswith("ing")]
-        return tuple(n for n in (label, *names) if len(words(n)) <= 4) or (label,)
+        """Short names that stand as a noun in a sentence; the label alone if there are none.
+
+        Of a smiley the shortcodes alone ("flushed", "joy") name no thing, so they must hold the word face.
+        """
+        label, chosen = concept.label.lower(), concepts.ALIASES.get(concept.label, ())
+        smiley = "face" in words(label) and concept.group == "smileys-emotion"
+        names = [n.lower() for n in concept.names if not smiley or n in chosen or "face" in words(n)]
+        nouns = [n for n in (label, *names) if len(words(n)) <= 4 and not n.endswith("ing")]
+        return tuple(nouns) or (label,)
 
     def _noun(self, concept: int, rng: random.Random) -> str:
         nouns = self.nouns[concept]
@@ -199,8 +204,9 @@ class Captions:
             return f"{pick(rng, NUMBERS[len(scene.items)])} {plural(noun)}"
         if scene.kind == "tint":
             noun = colourless(noun) or colourless(self.nouns[first][0])
-            line = pick(rng, TINTS).format(c=scene.items[0].tint, n=noun, a=article(noun))
-            return line.replace("a orange", "an orange")
+            colour = scene.items[0].tint
+            both = f"{colour} {noun}"
+            return pick(rng, TINTS).format(c=colour, n=noun, a=article(noun), cn=both, acn=article(both))
         if scene.kind == "corner":
             noun, forms = f"{pick(rng, SMALL)} {noun}", PLACES[scene.relation]
         else:
@@ -238,7 +244,7 @@ def known_words(bank: Bank) -> np.ndarray:
     """int32 keys, sorted, of every word that a training caption may hold."""
     forms = [f for table in (RELATIONS, PLACES, TURNS, NUMBERS) for row in table.values() for f in row]
     forms += [*TINTS, *STYLES, *BACKGROUNDS, *SMALL, *BIG, *TAILS, "a an", *concepts.TINTS]
-    lines = [re.sub(r"{\w}", "", form) for form in forms] + list(concepts.BACKGROUNDS)
+    lines = [re.sub(r"{\w+}", "", form) for form in forms] + list(concepts.BACKGROUNDS)
     captions = Captions(bank)
     for index in sorted({g.concept for g in bank.glyphs if g.split == "train"}):
         c = bank.concepts[index]

@@ -24,21 +24,20 @@ class Item:
     angle: float = 0.0
 
 
-# What faces wear: label -> place.
-SLOTS = {
-    "sunglasses": "eyes",
-    "glasses": "eyes",
-    "top hat": "head",
-    "crown": "head",
-    "graduation cap": "head",
-    "billed cap": "head",
-    "woman\u2019s hat": "head",
-    "red heart": "beside it",
-    "blue heart": "beside it",
-    "star": "beside it",
-    "rose": "beside it",
-    "sunflower": "beside it",
-    "cherry blossom": "beside it",
+# What faces wear and where.
+WORN = {
+    "eyes": "sunglasses;glasses;goggles",
+    "head": "top hat;crown;graduation cap;billed cap;woman's hat;rescue worker's helmet;military helmet",
+    "beside it": "red heart;blue heart;yellow heart;purple heart;pink heart;star;rose;tulip;sunflower;"
+    "cherry blossom;hibiscus;four leaf clover;butterfly;fire;balloon",
+}
+SLOTS = {label: slot for slot, labels in WORN.items() for label in labels.split(";")}
+
+# Words of faces that have there already what the accessory would cover.
+TAKEN = {
+    "eyes": "nerd;heart-eyes;star-struck;crossed-out;spiral;monocle;sunglasses;glasses",
+    "head": "halo;horns;partying;cowboy;exploding",
+    "beside it": "hearts",
 }
 
 # Kind of face -> height of the eyes, width of glasses, height where a hat ends, width of a hat, as shares of
@@ -107,11 +106,13 @@ def on_top(bank: Bank, upper: int, lower: int) -> tuple[Item, ...]:
 
 
 def accessory_items(bank: Bank, face: int, thing: int, slot: str) -> tuple[Item, ...]:
-    """A face and what it wears on its eyes or head or has beside it, the accessory in front."""
+    """A face and what it wears on its eyes or head or has beside it, in front; () if it may not."""
     left, top, right, bottom = box_of(bank, face)
     worn = box_of(bank, thing)
     width, height, x = right - left, bottom - top, (left + right) / 2
     concept = bank.concepts[bank.glyphs[face].concept]
+    if any(word in concept.label for word in TAKEN[slot].split(";")):
+        return ()
     eyes, glasses, rim, hat = ANCHORS["animal" if "animal" in concept.subgroup else "round"]
     tall = (worn[3] - worn[1]) / (worn[2] - worn[0])
     if slot == "eyes":

@@ -135,14 +135,16 @@ class Renderer:
         """float32[batch, 4, size, size] in [-1, 1] of packed scenes (numpy arrays or CPU tensors)."""
         glyphs, levels, matrices, tints, grounds = (np.asarray(a) for a in arrays)
         ground = torch.from_numpy(grounds).to(self.device)[..., None, None]
-        out = ground.expand(-1, -1, self.size, self.size).clone()
+        out = ground.new_empty(len(glyphs), 4, self.size, self.size)
         for slot in range(MAX_ITEMS):
             present = glyphs[:, slot] >= 0
             for level in range(WHOLE, LEVELS):
                 (which,) = np.nonzero(present & (levels[:, slot] == level))
                 if len(which):
-                    parts = (a[which, slot] for a in (glyphs, matrices, tints))
-                    self._over(out, which, self._items(level, *parts))
+                    top = self._items(level, *(a[which, slot] for a in (glyphs, matrices, tints)))
+                    at = torch.from_numpy(which).to(self.device)
+                    below = out[at] if slot else ground[at]  # every scene has an item in slot 0
+                    out[at] = top + (1 - top[:, 3:]) * below
         return out.mul_(2).sub_(1)
 
     def _items(self, level: int, glyphs: np.ndarray, matrices: np.ndarray, tints: np.ndarray) -> Tensor:
@@ -164,11 +166,6 @@ class Renderer:
         x, y = axis[None, None, :], axis[None, :, None]
         a, b, c, d, e, f = (m[:, None, None] for m in matrices.unbind(1))
         return torch.stack([a * x + b * y + c, d * x + e * y + f], -1)
-
-    def _over(self, out: Tensor, which: np.ndarray, top: Tensor) -> None:
-        """Lays premultiplied pictures over the scenes `which` of `out`: top + (1 - alpha) below."""
-        at = torch.from_numpy(which).to(self.device)
-        out[at] = top + (1 - top[:, 3:]) * out[at]
 
 
 def _matrices(places: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ __all__ = ["DROP", "KINDS", "Item", "Scene", "SceneSampler", "evaluation_scenes"
 
 DROP = 0.1  # captions dropped for guidance
 BACKGROUND = 0.25  # scenes on a named background
-POPULAR_SHARE = 0.8  # of the objects of composed scenes; the others are of weight 1 and more
+SHARES = {4.0: 0.75, 1.0: 0.2, 0.0: 0.05}  # of the objects of composed scenes, by their least weight
 KINDS = {
     "plain": 0.42,
     "tint": 0.12,
@@ -31,7 +31,10 @@ KINDS = {
     "accessory": 0.10,
 }
 TRIES = 200  # for a combination that is allowed, before a scene becomes plain
-OWN_HUE = 30  # degrees: a glyph is not tinted to a colour this near to its own
+COLOURED = 0.4  # least share of coloured pixels in what is tinted
+RARE = 100  # times as many for one that is held out
+OWN_HUE = 30  # degrees: a glyph is not tinted to a colour this near to its own, nor on such a background
+VIVID = (0.5, 0.55)  # least mean saturation and value of what is tinted: else "pink" comes out as brown
 POINTS = {  # centres of small objects
     "top left": (0.2, 0.2),
     "top right": (0.8, 0.2),
@@ -60,8 +63,8 @@ class Scene:
     """What is drawn, from the back to the front, on which background, and the words for it.
 
     background: the colour's name or None, rgb: its colour in 0..1. relation: of the first item to the second
-    ("left", "above", "beside", "bigger"), of the second to the first ("on", "eyes", "head", "beside it"), the place in the picture of kind
-    "corner", the turn of kind "turned", "" for other kinds.
+    ("left", "above", "beside", "bigger"), of the second to the first ("on", "eyes", "head", "beside it"),
+    the place in the picture of kind "corner", the turn of kind "turned", "" for other kinds.
     """
 
     kind: str
@@ -129,6 +132,10 @@ def held_out(scene: Scene, bank: Bank) -> bool:
 # ---------------------------------------------------------------------------------------------- the sampler
 
 
+def _near(hue: float, other: float) -> bool:
+    return abs((hue - other + 180) % 360 - 180) < OWN_HUE
+
+
 class _Pool:
     """Concepts to draw from, each with its weight."""
 
@@ -162,18 +169,19 @@ class SceneSampler:
             "accessory": self._accessory,
         }
         self.kinds = list(KINDS)
+        self.vivid: dict[int, bool] = {}
         self.shares = list(accumulate(KINDS.values()))
 
     def _pools(self) -> None:
         every, weight = list(self.rows), {i: self.bank.concepts[i].weight for i in self.rows}
         self.all = _Pool(every, [weight[i] for i in every])
-        known = [i for i in every if weight[i] >= 1] or every
-        popular = [i for i in known if weight[i] >= 4] or known
-        share = POPULAR_SHARE / len(popular)
-        rest = (1 - POPULAR_SHARE) / len(known)
-        likely = set(popular)
-        self.simple = _Pool(known, [rest + share * (i in likely) for i in known])
-        self.faces = [i for i in every if self.bank.concepts[i].face and weight[i] >= 1]
+        chances = dict.fromkeys(every, 0.0)
+        for least, share in SHARES.items():
+            chosen = [i for i in every if weight[i] >= least] or every
+            for i in chosen:
+                chances[i] += share / len(chosen)
+        self.simple = _Pool(every, list(chances.values()))
+        self.faces = [i for i in every if self.bank.concepts[i].face]
         self.worn = [i for i in every if slot_of(self.bank.concepts[i].label)]
 
     def _styles(self, *indices: int) -> list[str]:
@@ -200,18 +208,21 @@ class SceneSampler:
         return replace(scene, caption=self.captions.line(scene, rng))
 
     def _composed(self, kind: str, rng: random.Random) -> Scene | None:
-        for _ in range(TRIES):
+        for _ in range(RARE * TRIES if self.held else TRIES):
             scene = self.makers[kind](rng)
             if scene and _combination_held_out(self.bank, scene) == self.held:
                 return scene
         return None
 
     def on_background(self, scene: Scene, rng: random.Random, name: str | None = None) -> Scene:
-        """The scene on a background of that name, or of any name that it may have."""
+        """The scene on a background of that name, or of any that it may have and from which it stands out."""
         if name is None:
-            labels = {self.bank.concepts[self.bank.glyphs[i.glyph].concept].label for i in scene.items}
-            never = {"blue"} if labels & concepts.NEVER_ON_BLUE else set()
+            glyphs = [self.bank.glyphs[i.glyph] for i in scene.items]
+            hues = [g.hue for g in glyphs if g.hue is not None]
+            never = {n for n, (hue, _, _) in concepts.TINTS.items() if any(_near(hue, h) for h in hues)}
             never |= {i.tint for i in scene.items}
+            if any(self.bank.concepts[g.concept].label in concepts.NEVER_ON_BLUE for g in glyphs):
+                never.add("blue")
             name = pick(rng, [n for n in concepts.BACKGROUNDS if n not in never])
         rgb = (min(max(c / 255 + 0.08 * (rng.random() - 0.5), 0), 1) for c in concepts.BACKGROUNDS[name])
         return replace(scene, background=name, rgb=tuple(rgb))
@@ -230,10 +241,23 @@ class SceneSampler:
     def _tint(self, rng: random.Random) -> Scene | None:
         row, colour = self._row(rng), pick(rng, list(concepts.TINTS))
         hue = self.bank.glyphs[row].hue
-        if hue is None or abs((hue - concepts.TINTS[colour][0] + 180) % 360 - 180) < OWN_HUE:
+        if hue is None or _near(hue, concepts.TINTS[colour][0]) or not self._is_vivid(row):
             return None
         label = self.bank.concepts[self.bank.glyphs[row].concept].label
         return Scene("tint", (Item(row, tint=colour),)) if colourless(label) else None
+
+    def _is_vivid(self, row: int) -> bool:
+        if row not in self.vivid:
+            picture = self.bank.images[row, ::4, ::4].reshape(-1, 4) / 255.0
+            rgb = picture[picture[:, 3] > 0.5, :3]
+            value, low = rgb.max(1), rgb.min(1)
+            saturation = 1 - low / np.maximum(value, 1e-6)
+            coloured = saturation > 0.2
+            means = saturation[coloured].sum(), value[coloured].sum()
+            least = (limit * max(coloured.sum(), 1) for limit in VIVID)
+            bright = all(mean >= limit for mean, limit in zip(means, least, strict=True))
+            self.vivid[row] = bright and coloured.mean() >= COLOURED
+        return self.vivid[row]
 
     def _count(self, rng: random.Random) -> Scene | None:
         row, number = self._row(rng), pick(rng, list(NUMBERS))
@@ -302,7 +326,7 @@ class SceneSampler:
             return None
         style = pick(rng, styles)
         items = accessory_items(self.bank, self.rows[face][style], self.rows[thing][style], slot)
-        return items and Scene("accessory", items, relation=slot)
+        return Scene("accessory", items, relation=slot) if items else None
 
 
 # -------------------------------------------------------------------------------------------- for evaluation
