@@ -26,7 +26,7 @@ EDITS = (
     ("green apple", "red apple"),
 )
 STEPS = 24
-SIZE, LABEL, GAP, LINE = 64, 160, 28, 13
+LABEL, GAP, LINE = 160, 28, 13
 
 
 class Gallery:
@@ -34,13 +34,14 @@ class Gallery:
 
     def __init__(self, guidance: float = 3.0, seed: int = 1):
         self.model, self.guidance = load_emoji(), guidance
+        self.size = self.model.config.size
         self.count = len(EDITS)
         self.texts = [self.model.encode([p[i] for p in EDITS]) for i in (0, 1)]
         self.empty = self.model.encode([""] * self.count)
         self.grid = schedule("shift", STEPS, shift=2.0)
         keys = noise_keys([seed + i for i in range(self.count)], self.count)
-        self.noise = philox_normal((self.count, 4, SIZE, SIZE), keys)
-        self.other = philox_normal((self.count, 4, SIZE, SIZE), noise_keys(seed + 90, self.count))
+        self.noise = philox_normal((self.count, 4, self.size, self.size), keys)
+        self.other = philox_normal(self.noise.shape, noise_keys(seed + 90, self.count))
         self.source = sample(self.guided(0), self.noise, self.grid, method="ab2", guidance=guidance).clamp(
             -1, 1
         )
@@ -80,8 +81,10 @@ class Gallery:
 
     def rf_edit(self) -> Tensor:
         grid, half = schedule("shift", STEPS // 2, shift=2.0), STEPS // 2
-        late = lambda i, name: name in ("single_blocks.2", "single_blocks.3")
-        with editing.ValueSharing(self.model, late, inject=1, picture=slice(0, 64)) as sharing:
+        count = len(self.model.single_blocks)
+        last = {f"single_blocks.{k}" for k in range(count // 2, count)}
+        late, tokens = lambda i, name: name in last, slice(0, self.model.grid**2)
+        with editing.ValueSharing(self.model, late, inject=1, picture=tokens) as sharing:
             store = sharing.storing(self.plain(self.texts[0]), half, 2)
             noise = editing.invert(store, self.source, grid)
             edit = sharing.injecting(self.guided(1), half, 2)
@@ -100,7 +103,8 @@ class Gallery:
 
     def masked(self) -> tuple[Tensor, Tensor]:
         """A box in the lower right is not known; it is grey in the row above."""
-        mask = operators.box(SIZE, SIZE, 28, 28, 64, 64).float()
+        n, edge = self.size, 28 * self.size // 64
+        mask = operators.box(n, n, edge, edge, n, n).float()
         return mask * self.source, mask
 
     def inpaint(self) -> Tensor:
@@ -118,7 +122,7 @@ class Gallery:
         return self.chef(editing.Keep(known, mask, pull=0.5, inner=2))
 
     def small(self) -> tuple[Tensor, Tensor]:
-        rows = operators.pooling(SIZE, 4)
+        rows = operators.pooling(self.size, 4)
         return operators.measure(self.source, rows, rows), rows
 
     def chef_enlarge(self) -> Tensor:
@@ -126,7 +130,7 @@ class Gallery:
         return self.chef(editing.Separable(y, rows, rows))
 
     def blurred(self) -> tuple[Tensor, Tensor]:
-        rows = operators.gaussian_blur(SIZE, 14, 3.0)
+        rows = operators.gaussian_blur(self.size, 14 * self.size // 64, 3.0 * self.size / 64)
         return operators.measure(self.source, rows, rows), rows
 
     def chef_deblur(self) -> Tensor:
@@ -158,8 +162,9 @@ class Gallery:
 def sheet(gallery: Gallery) -> Image.Image:
     """All rows, on white, labelled."""
     rows = gallery.rows()
-    top, cell = 2 * LINE + 8, SIZE + GAP
-    page = Image.new("RGB", (LABEL + len(EDITS) * cell, top + len(rows) * (SIZE + 6)), "white")
+    size = gallery.size
+    top, cell = 2 * LINE + 8, size + GAP
+    page = Image.new("RGB", (LABEL + len(EDITS) * cell, top + len(rows) * (size + 6)), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     for j, pair in enumerate(EDITS):
         for line, text in enumerate((pair[0], f"to {pair[1]}")):
@@ -168,8 +173,8 @@ def sheet(gallery: Gallery) -> Image.Image:
         x = make()
         if not bool(x.isfinite().all()):
             raise ValueError(f"{name}: values that are not finite")
-        y = top + i * (SIZE + 6)
-        draw.text((4, y + SIZE // 2 - 8), name, "black", font)
+        y = top + i * (size + 6)
+        draw.text((4, y + size // 2 - 8), name, "black", font)
         for j, image in enumerate(to_images(x)):
             page.paste(image, (LABEL + j * cell, y), image)
         error = (x - gallery.source).square().mean().item()

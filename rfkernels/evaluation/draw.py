@@ -18,21 +18,47 @@ def draw(
     prompts: list[str],
     *,
     seed: int,
-    steps: int = 8,
-    guidance: float = 3.0,
-    method: str = "ab2",
+    steps: int | None = None,
+    guidance: float | None = None,
+    method: str | None = None,
+    shift: float | None = None,
+    path: list[Tensor] | None = None,
 ) -> Tensor:
-    """Samples float32[len(prompts), 4, size, size] on the CPU; prompt i starts from the noise of seed + i."""
-    c, device = model.config, model.out.weight.device
-    sigmas = samplers.schedule("linear", steps)
-    parts = []
+    """Samples float32[len(prompts), 4, size, size] on the CPU; prompt i starts from the noise of seed + i.
+
+    Args:
+        steps, guidance, method, shift: None means the model's own (`model.config`). Guidance 1 evaluates the
+            prompts only, any other also the empty prompt.
+        path: a list that gets the states, noise first, like the result each.
+    """
+    c = model.config
+    steps, method = steps or c.steps, method or c.method
+    guidance = c.guidance if guidance is None else guidance
+    sigmas = samplers.schedule("shift", steps, shift=c.shift if shift is None else shift)
+    parts, states = [], []
     for first in range(0, len(prompts), CHUNK):
-        chunk = prompts[first : first + CHUNK]
-        text = model.encode([""] * len(chunk) + chunk)
-        velocity = lambda x, sigma, text=text: model.guided(x, sigma, text)
-        seeds = [seed + first + i for i in range(len(chunk))]
-        noise = philox_normal(
-            (len(chunk), c.channels, c.size, c.size), noise_keys(seeds, len(chunk), device=device)
-        )
-        parts.append(samplers.sample(velocity, noise, sigmas, method=method, guidance=guidance).cpu())
+        noise = _noise(model, [seed + i for i in range(first, min(first + CHUNK, len(prompts)))])
+        states.append([noise.cpu()])
+        keep = None if path is None else lambda info: states[-1].append(info.x.cpu().clone()) and None
+        velocity, scale = _velocity(model, prompts[first : first + CHUNK], guidance)
+        x = samplers.sample(velocity, noise, sigmas, method=method, guidance=scale, callback=keep)
+        parts.append(x.cpu())
+    if path is not None:
+        path[:] = [torch.cat(s) for s in zip(*states, strict=True)]
     return torch.cat(parts)
+
+
+def _noise(model: EmojiFlow, seeds: list[int]) -> Tensor:
+    c, device = model.config, model.out.bias.device
+    return philox_normal(
+        (len(seeds), c.channels, c.size, c.size), noise_keys(seeds, len(seeds), device=device)
+    )
+
+
+def _velocity(model: EmojiFlow, prompts: list[str], guidance: float):
+    """The sampler's velocity and guidance."""
+    if guidance == 1:
+        text = model.encode(prompts)
+        return lambda x, sigma: model(x, sigma, text), None
+    text = model.encode([""] * len(prompts) + prompts)
+    return lambda x, sigma: model.guided(x, sigma, text), guidance

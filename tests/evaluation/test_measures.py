@@ -6,12 +6,19 @@ import torch
 
 from rfkernels.evaluation import measures
 from rfkernels.train import concepts
-from rfkernels.train.captions import compose
 from tests.tiny import disc
 
 
 def picture(image: np.ndarray, ground: tuple[float, float, float] | None = None) -> torch.Tensor:
-    return torch.from_numpy(compose(image, ground))[None]
+    """[1, 4, size, size] in [-1, 1] of premultiplied RGBA, on an opaque colour if given."""
+    c = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    if ground is not None:
+        c = c + (1 - c[:, 3:]) * torch.tensor([*ground, 1.0])[:, None, None]
+    return c * 2 - 1
+
+
+def coloured(hue: float, saturation: float, value: float = 0.9) -> torch.Tensor:
+    return picture(disc(tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue / 360, saturation, value))))
 
 
 @pytest.mark.parametrize("name", concepts.TINTS)
@@ -41,11 +48,17 @@ def test_clear_corners_are_found():
     assert measures.transparent_corners(x).all() and measures.background_names(x) == [""]
 
 
-def test_overlap_is_intersection_over_union():
-    a, b = np.zeros((2, 16, 16, 4), np.uint8)
-    a[:, :8], b[:, 4:12] = 255, 255
-    got = measures.silhouette_overlap(torch.cat([picture(a), picture(b)]), picture(a))
-    torch.testing.assert_close(got, torch.tensor([1.0, 1 / 3]))
+def test_deep_pink_is_red_and_pale_pink_is_not():
+    x = torch.cat([coloured(342, 0.78), coloured(338, 0.55), coloured(329, 0.78), coloured(20, 0.8)])
+    assert measures.colour_names(x) == ["red", "pink", "pink", "orange"]
+
+
+def test_colour_is_that_of_the_mask():
+    x = torch.cat([coloured(125, 0.8), coloured(212, 0.8)], 3)
+    left = torch.zeros(1, 16, 32, dtype=torch.bool)
+    left[..., :16] = True
+    assert measures.colour_names(x, left) == ["green"] and measures.colour_names(x, ~left) == ["blue"]
+    assert measures.colour_names(x, left & ~left) == [""]
 
 
 def test_nearest_is_the_nearest():
