@@ -5,7 +5,6 @@ import torch
 
 from rfkernels.models.emoji import EmojiConfig, EmojiFlow
 from rfkernels.models.text import word_key, words
-from rfkernels.train.data import Dataset, Entry
 
 CONFIG = EmojiConfig(
     size=16, patch=4, width=64, heads=1, mlp=2, double_blocks=1, single_blocks=1, table=64, embed=16
@@ -28,15 +27,3 @@ def disc(colour: tuple[int, int, int], size: int = 16) -> np.ndarray:
     y, x = np.mgrid[:size, :size] + 0.5 - size / 2
     alpha = 255 * (x**2 + y**2 < (0.4 * size) ** 2)
     return np.stack([*(alpha * c // 255 for c in colour), alpha], -1).astype(np.uint8)
-
-
-def tiny_dataset() -> Dataset:
-    """Discs of three colours in two styles; one pair is held out."""
-    colours = {"red circle": (230, 30, 30), "blue circle": (40, 80, 230), "pizza": (240, 190, 60)}
-    images, entries = [], []
-    for style in ("noto", "flat"):
-        for label, colour in colours.items():
-            split = "held-out" if (label, style) == ("pizza", "flat") else "train"
-            images.append(disc(colour))
-            entries.append(Entry(label, style, ("disc",), ("round",), 1.0, split, False))
-    return Dataset(np.stack(images), tuple(entries), ())

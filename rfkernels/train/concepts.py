@@ -13,7 +13,6 @@ __all__ = [
     "POPULAR",
     "SUBGROUPS",
     "TINTS",
-    "TINT_OBJECTS",
     "WRONG_ART",
 ]
 
@@ -235,38 +234,6 @@ ALIASES = {
     "spiral shell": ("shell", "seashell"),
     "high-heeled shoe": ("high heel",),
     "steaming bowl": ("ramen", "noodle soup"),
-}
-
-# Recoloured objects (label -> word in the caption): "blue star", "purple car", in every colour of TINTS.
-TINT_OBJECTS = {
-    "star": "star",
-    "automobile": "car",
-    "bus": "bus",
-    "balloon": "balloon",
-    "butterfly": "butterfly",
-    "tropical fish": "fish",
-    "tulip": "tulip",
-    "rose": "rose",
-    "red apple": "apple",
-    "cat face": "cat",
-    "dragon": "dragon",
-    "sauropod": "dinosaur",
-    "frog": "frog",
-    "t-shirt": "shirt",
-    "dress": "dress",
-    "umbrella": "umbrella",
-    "guitar": "guitar",
-    "closed book": "book",
-    "backpack": "backpack",
-    "mushroom": "mushroom",
-    "octopus": "octopus",
-    "crown": "crown",
-    "bell": "bell",
-    "gem stone": "gem",
-    "sailboat": "boat",
-    "grinning face": "smiley",
-    "red triangle pointed up": "triangle",
-    "large blue diamond": "diamond",
 }
 
 # Colour word -> (hue in degrees, saturation factor, value factor).

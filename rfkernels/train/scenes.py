@@ -354,6 +354,8 @@ def evaluation_scenes(bank: Bank, kind: str, count: int, seed: int) -> list[Scen
             scene = Scene("plain", (Item(pick(rng, plain)),)) if plain else None
         else:
             scene = sampler._composed(kind, rng)
+        if scene is None and seen:  # an unlucky try
+            continue
         if scene is None:
             raise ValueError(f"scenes: held-out scenes of kind {kind} were required, the bank has none")
         key = (_combination(bank, scene), scene.items[0].glyph if kind in ("plain", "background") else 0)
