@@ -80,7 +80,7 @@ def _exit_code_of(error: Exception) -> int | None:
 _USER_ERRORS = {
     ("rfkernels.cli.console", "UserError"),
     ("rfkernels.models.checkpoint", "WeightsError"),
-    ("rfkernels.pipeline", "InputError"),
+    ("rfkernels.settings", "InputError"),
     ("rfkernels.png", "PngError"),
     ("rfkernels.train.data", "DataError"),
 }

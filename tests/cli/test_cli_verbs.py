@@ -29,7 +29,7 @@ def test_version(run):
 
 def test_unknown_verbs_and_missing_arguments_are_one_line(run):
     assert one_line(run("paint"), ["paint"])
-    assert one_line(run("show"), ["file"])
+    assert one_line(run("inspect"), ["file"])
     assert one_line(run("train"), ["model"])
 
 
