@@ -147,7 +147,7 @@ def _concepts(emojibase: _Archive) -> list[dict]:
     order[46] = "food-sweet"  # emojibase numbers two subgroups 46
     chosen = []
     for emoji in emojibase.json("en/data.json"):
-        label = emoji["label"]
+        label = emoji["label"].lower()
         plain = label.replace("\u2019", "'")
         wanted = order.get(emoji.get("subgroup")) in concepts.SUBGROUPS and plain not in concepts.EXCLUDED
         if wanted or label in concepts.INCLUDED:

@@ -1,4 +1,4 @@
-"""The same model for larger pictures: larger patches, the same tokens, so that training goes on where it was."""
+"""The same model for larger pictures: larger patches, the same tokens, so that training goes on."""
 
 from dataclasses import replace
 
@@ -23,12 +23,12 @@ def level_of_means(sigma: Tensor, factor: int) -> Tensor:
 
 
 def enlarge(model: EmojiFlow, factor: int, *, steps: int = 1000) -> EmojiFlow:
-    """A model of pictures `factor` times as large in patches `factor` times as large, close to `model` on means.
+    """A model of pictures and patches `factor` times as large, which does on means what `model` does.
 
     It sees the means over `factor` x `factor` pixels, at the noise level that these have, and predicts each
-    pixel of such a square alike. Noisy means are smaller than what the model knows, by 1 to 1 / factor: they are
-    raised by sqrt(factor), and the rest is left to the layer norms.
-    The network of the time is fitted by `steps` steps of Adam, the rest is exact.
+    pixel of such a square alike. Noisy means are smaller than what the model knows, by 1 to 1 / factor: they
+    are raised by sqrt(factor), the rest is left to the layer norms. The network of the time is fitted by
+    `steps` steps of Adam.
 
     Raises:
         ValueError: a factor below 1.

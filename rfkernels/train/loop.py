@@ -1,4 +1,4 @@
-"""A training run of the embedded model: legs that end on time, checkpoints, exact resume; the task is a `Task`."""
+"""A training run of the embedded model: legs that end on time, checkpoints, exact resume."""
 
 import copy
 import json
@@ -6,11 +6,12 @@ import multiprocessing
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -44,13 +45,13 @@ class Recipe:
 class Task:
     """What is learnt. `inputs` runs on the host, ahead of time, and depends on (task, step) alone."""
 
-    settings: dict = {}
+    settings: Mapping = MappingProxyType({})  # recorded with the recipe
 
-    def inputs(self, step: int) -> tuple[np.ndarray | Tensor, ...]:
-        """Arrays of step number `step`."""
+    def inputs(self, step: int) -> tuple:
+        """Step number `step`: NumPy arrays, which go to the device, and anything else that pickles."""
         raise TypeError(f"{type(self).__name__} must define inputs(step)")
 
-    def prepare(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, *inputs) -> tuple[Tensor, ...]:
         """On the device, without gradients: pictures and noise of the inputs."""
         return inputs
 
@@ -59,7 +60,7 @@ class Task:
         raise TypeError(f"{type(self).__name__} must define loss(model, *prepared)")
 
     def report(self, state: "State", out: Path) -> dict[str, float]:
-        """Called every few minutes with the averaged model in `state.ema`: what to log; it may write sheets."""
+        """Called every few minutes, `state.ema` is the averaged model: what to log; may write sheets."""
         return {}
 
 
@@ -92,7 +93,7 @@ class State:
         return min(1.0, (self.step - self.begun + 1) / r.warmup) * (1.0 - (1.0 - r.final) * falling)
 
 
-# ------------------------------------------------------------------------------------------ state, checkpoints
+# -------------------------------------------------------------------------------------- state, checkpoints
 
 
 def _is_hidden_matrix(name: str, p: Tensor) -> bool:
@@ -158,15 +159,15 @@ def restore(state: State, path: Path) -> None:
     _, record = read_checkpoint(path)
     state.recipe = replace(state.recipe, started_from=record["recipe"]["started_from"])
     state.step, state.seconds = record["step"], record["seconds"]
-    if "rows" in record:
-        weights = _whole(record["rows"])
-        state.model.load_state_dict(weights)
-        state.ema.load_state_dict(weights)
-        state.begun = state.step
-        return
-    for name in ("model", "ema", "muon", "adam"):
+    compact = "rows" in record
+    if compact:
+        record["model"] = record["ema"] = _whole(record["rows"])
+    for model, weights in ((state.model, record["model"]), (state.ema, record["ema"])):
+        model.known_words = weights["known_words"].to(state.device)
+        model.load_state_dict(weights)
+    state.begun = state.step if compact else record["begun"]
+    for name in () if compact else ("muon", "adam"):
         getattr(state, name).load_state_dict(record[name])
-    state.begun = record["begun"]
 
 
 def export(checkpoint: Path, out: Path, **sampling) -> Path:
@@ -238,9 +239,11 @@ def _inputs_ahead(task: Task, first: int, workers: int) -> Iterator[Callable[[],
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _on(device: torch.device, inputs: tuple) -> tuple[Tensor, ...]:
-    tensors = (torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in inputs)
-    return tuple(t.to(device, non_blocking=True) for t in tensors)
+def to_device(device: torch.device, inputs: tuple) -> tuple:
+    """Arrays as tensors on the device; what is no array stays as it is."""
+    return tuple(
+        torch.from_numpy(a).to(device, non_blocking=True) if isinstance(a, np.ndarray) else a for a in inputs
+    )
 
 
 def _loss_of(task: Task, model: EmojiFlow, compile: bool) -> Callable[..., Tensor]:
@@ -301,7 +304,7 @@ def run(
     with _stop_on_signal() as stopped, _inputs_ahead(task, state.step, workers) as following:
         while state.progress() < 1 and not stopped() and (leg is None or state.seconds - before < 60 * leg):
             with torch.no_grad():
-                prepared = task.prepare(*_on(state.device, following()))
+                prepared = task.prepare(*to_device(state.device, following()))
             loss = loss_of(*prepared)
             loss.backward()
             update(state)

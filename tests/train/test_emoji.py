@@ -1,113 +1,95 @@
-import os
-import signal
-from pathlib import Path
-
 import pytest
 import torch
 
+from rfkernels import ops
 from rfkernels.models.checkpoint import read_record
 from rfkernels.models.emoji import EmojiFlow, load_emoji
-from rfkernels.train import captions, emoji
-from tests.tiny import CONFIG, tiny_dataset
+from rfkernels.train import emoji, loop
+from tests.tiny import CONFIG, tiny_model
+from tests.train.banks import make_bank
 
-RECIPE = emoji.Recipe(steps=6, batch=8, warmup=2)
-
-
-def run(out: Path, *, resume: bool = False, recipe: emoji.Recipe = RECIPE, start: Path | None = None) -> dict:
-    """Trains the tiny model and returns its last checkpoint."""
-    arguments = {"config": CONFIG, "recipe": recipe, "dataset": tiny_dataset(), "compile": False}
-    path = emoji.train(out, resume=resume, start=start, sheet_minutes=1e6, **arguments)
-    return torch.load(path, weights_only=True)
+RECIPE = loop.Recipe(steps=3, batch=8, warmup=2)
+CPU = torch.device("cpu")
 
 
-def same(a, b) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+@pytest.fixture(scope="module")
+def bank():
+    return make_bank(size=16)
 
 
-def test_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole")
-    make_batch = captions.make_batch
-
-    def stop_at_third(data, weights, size, seed, step):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return make_batch(data, weights, size, seed, step)
-
-    handler = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(captions, "make_batch", stop_at_third)
-        stopped = run(tmp_path / "parts")
-    assert stopped["step"] == 3 and signal.getsignal(signal.SIGTERM) is handler
-    resumed = run(tmp_path / "parts", resume=True)
-    assert resumed["step"] == whole["step"] == 6
-    for part in ("model", "ema", "muon", "adam"):
-        assert same(resumed[part], whole[part]), part
-    assert not same(stopped["model"], whole["model"]) and not same(whole["model"], whole["ema"])
+def run(out, bank, **options) -> dict:
+    """Trains the tiny model on the tiny bank and returns the record of its checkpoint."""
+    arguments = {"config": CONFIG, "recipe": RECIPE, "bank": bank, "compile": False, "report_minutes": 1e6}
+    return torch.load(emoji.train(out, **{**arguments, **options}), weights_only=True)
 
 
-def test_training_lowers_the_error_and_exports(tmp_path, capsys):
-    recipe = emoji.Recipe(steps=80, batch=16, warmup=5)
-    record = run(tmp_path, recipe=recipe)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    losses = [float(line[line.index("loss") + 1]) for line in lines]
-    assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
-    assert (tmp_path / "log.jsonl").read_text().count("\n") == 4
-    model = load_emoji(emoji.export(tmp_path / "last.pt", tmp_path / "emoji.safetensors"))
-    torch.testing.assert_close(model.out.bias, record["ema"]["out.bias"], rtol=1e-3, atol=1e-3)
-    assert model.encode(["red circle", "zyxwv"]).unknown == [[], ["zyxwv"]]
+def test_error_is_that_of_the_velocity(bank):
+    """Of v = (x - x0') / sigma against eps - x0, where sigma is not clamped."""
+    task = emoji.FlowTask(bank, CONFIG, RECIPE, emoji.Levels(), CPU)
+    inputs = task.inputs(4)
+    x, x0, sigma, *text = task.prepare(*loop.to_device(CPU, inputs))
+    assert x.shape == x0.shape == (8, 4, 16, 16) and sigma.shape == (8,)
+    eps = ops.philox_normal(x.shape, torch.from_numpy(inputs[0]))
+    s = sigma[:, None, None, None]
+    torch.testing.assert_close(x, (1 - s) * x0 + s * eps, rtol=1e-5, atol=1e-5)
+    model, clear = tiny_model(), sigma > 0.05
+    v = (x - model.predict(x, sigma, *text)) / s
+    each = [task.loss(model, x[i : i + 1], x0[i : i + 1], sigma[i : i + 1], *(t[i : i + 1] for t in text))
+            for i in range(8)]  # fmt: skip
+    wanted = (v - (eps - x0)).square().mean((1, 2, 3))
+    torch.testing.assert_close(torch.stack(each)[clear], wanted[clear], rtol=1e-3, atol=1e-3)
+    whole = task.loss(model, x, x0, sigma, *text)
+    torch.testing.assert_close(whole, torch.stack(each).mean(), rtol=1e-4, atol=1e-4)
 
 
-def test_run_ends_when_its_minutes_are_over(tmp_path):
-    record = run(tmp_path, recipe=emoji.Recipe(minutes=0.02, batch=4))
-    assert 1.2 <= record["seconds"] < 30 and record["step"] >= 1
-    again = run(tmp_path, recipe=emoji.Recipe(minutes=0.02, batch=4), resume=True)
-    assert again["step"] == record["step"]  # nothing left to do
+def test_batches_depend_on_seed_and_step_alone(bank):
+    tasks = [emoji.FlowTask(bank, CONFIG, RECIPE, emoji.Levels(), CPU) for _ in range(2)]
+    tasks[0].inputs(3)
+    a, b, later = tasks[0].inputs(7), tasks[1].inputs(7), tasks[1].inputs(8)
+    pictures = [tasks[0].prepare(*loop.to_device(CPU, i))[0] for i in (a, b, later)]
+    assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
 
 
-def test_sheet_and_errors_are_written(tmp_path):
-    recipe = emoji.Recipe(steps=2, batch=4)
-    emoji.train(
-        tmp_path, config=CONFIG, recipe=recipe, dataset=tiny_dataset(), compile=False, sheet_minutes=1e-9
-    )
-    assert (tmp_path / "sheet_000.png").stat().st_size > 1000
-    assert '"held-out"' in (tmp_path / "log.jsonl").read_text()
-
-
-def test_run_starts_from_a_weights_file_and_records_it(tmp_path):
-    run(tmp_path / "first", recipe=emoji.Recipe(steps=60, batch=16, warmup=5))
-    weights = emoji.export(tmp_path / "first" / "last.pt", tmp_path / "first.safetensors")
-    begun = load_emoji(weights).state_dict()
-    still = emoji.Recipe(steps=1, batch=4, muon_lr=0.0, adam_lr=0.0)
-    record = run(tmp_path / "second", recipe=still, start=weights)
-    for part in ("model", "ema"):
-        assert all(torch.equal(record[part][name], p) for name, p in begun.items()), part
-    resumed = run(tmp_path / "second", recipe=emoji.Recipe(steps=2, batch=4), resume=True)
-    assert resumed["step"] == 2 and not same(resumed["model"], record["model"])
-    again = emoji.export(tmp_path / "second" / "last.pt", tmp_path / "second.safetensors")
-    assert read_record(again)["training"]["started_from"]["steps_done"] == 60
-
-
-def test_resume_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="start without resume"):
-        emoji.train(tmp_path, resume=True, dataset=tiny_dataset(), config=CONFIG)
-
-
-def test_rate_warms_up_stays_and_falls(tmp_path):
-    recipe = emoji.Recipe(steps=100, warmup=10)
-    state = emoji._new_state(EmojiFlow(CONFIG), recipe, tiny_dataset(), torch.device("cpu"))
-    rates = []
-    for state.step in range(101):
-        rates.append(emoji._rate(state))
-    assert rates[0] == pytest.approx(0.1) and rates[10] == rates[40] == 1
-    assert rates[70] == pytest.approx(0.51) and rates[100] == pytest.approx(0.02)
-
-
-def test_noise_levels_lean_towards_noise():
-    g = torch.Generator().manual_seed(0)
-    sigma = emoji._noise_levels(20_000, emoji.Recipe(uniform=0.0), g)
-    assert sigma.min() > 0 and sigma.max() <= 1
+def test_levels_lean_towards_noise():
+    keys = ops.noise_keys(0, 20_000)
+    sigma = emoji.Levels(shift=2.0, uniform=0.0).sample(keys)
+    assert sigma.min() > 0 and sigma.max() <= 1 and sigma.dtype == torch.float32
     assert abs(sigma.median() - 2 / 3) < 0.01  # 1/2 shifted by 2
+    flat = emoji.Levels(shift=2.0, uniform=1.0).sample(keys)
+    assert abs(flat.median() - 1 / 2) < 0.01 and abs((flat < 0.1).float().mean() - 0.1) < 0.01
+
+
+def test_sheet_and_errors_are_written(tmp_path, bank):
+    run(tmp_path, bank, report_minutes=1e-9, recipe=loop.Recipe(steps=1, batch=4))
+    assert (tmp_path / "sheet_000.png").stat().st_size > 1000
+    line = (tmp_path / "log.jsonl").read_text()
+    assert '"seen"' in line and '"tint"' in line
+
+
+def test_run_starts_from_a_weights_file_of_smaller_pictures(tmp_path, bank):
+    run(tmp_path / "first", bank)
+    weights = emoji.export(tmp_path / "first" / "last.pt", tmp_path / "first.safetensors")
+    still = loop.Recipe(steps=1, batch=4, muon_lr=0.0, adam_lr=0.0)
+    record = run(tmp_path / "same", bank, recipe=still, start=weights)
+    begun = load_emoji(weights).state_dict()
+    assert all(torch.equal(record["ema"][n], p) for n, p in begun.items() if n != "known_words")
+    assert record["config"]["size"] == 16
+    large = EmojiFlow(CONFIG).config.__class__(**{**CONFIG.__dict__, "size": 32, "patch": 8, "shift": 2.0})
+    record = run(tmp_path / "large", bank, config=large, recipe=still, start=weights)
+    assert (record["config"]["size"], record["config"]["patch"], record["config"]["shift"]) == (32, 8, 2.0)
+    again = emoji.export(tmp_path / "large" / "last.pt", tmp_path / "large.safetensors")
+    assert read_record(again)["training"]["started_from"]["steps_done"] == 3
+    assert run(tmp_path / "large", bank, resume=True, steps=2, recipe=still)["step"] == 2
+
+
+def test_words_of_captions_are_known(tmp_path, bank):
+    run(tmp_path, bank)
+    model = load_emoji(emoji.export(tmp_path / "last.pt", tmp_path / "emoji.safetensors"))
+    assert model.encode(["two red hearts on a blue background", "zyxwv"]).unknown == [[], ["zyxwv"]]
+
+
+def test_refusals(tmp_path, bank):
+    with pytest.raises(FileNotFoundError, match="start without resume"):
+        run(tmp_path, bank, resume=True)
+    with pytest.raises(ValueError, match="unknown preset 'huge': use one of small, full"):
+        run(tmp_path, bank, preset="huge")
