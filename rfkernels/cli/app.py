@@ -82,7 +82,7 @@ _USER_ERRORS = {
     ("rfkernels.models.checkpoint", "WeightsError"),
     ("rfkernels.settings", "InputError"),
     ("rfkernels.png", "PngError"),
-    ("rfkernels.train.data", "DataError"),
+    ("rfkernels.train.packages", "DataError"),
 }
 
 
