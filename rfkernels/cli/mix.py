@@ -75,8 +75,9 @@ def _row(pipe, a: str, b: str, between: int, options: dict[str, Any]):
     states = [_sampled(pipe, mixing.mixed(first, second, t), used) for t in shares]
     pictures = [to_images(x)[0] for x in states]
     edit = to_images(_edited(pipe, states[0].clamp(-1, 1), spelt, used["seed"]))[0]
-    names = [a, *(f"{100 * t:.0f} %" for t in shares[1:-1]), b, f"{a} and {b}", f"{a} with {b}"]
-    return [*pictures, *together, edit], [*names, f"{a} edited to {b}"], used
+    p, q = spelt
+    names = [p, *(f"{100 * t:.0f} %" for t in shares[1:-1]), q, f"{p} and {q}", f"{p} with {q}"]
+    return [*pictures, *together, edit], [*names, f"{p} edited to {q}"], used
 
 
 def _one(features, index: int):

@@ -326,3 +326,12 @@ def test_other_steps_choose_anew_whether_the_adapter_for_few_is_on(run, weights)
         png.write_image("b.png", image, {**png.read_parameters("a.png"), "few": True})
     assert one_line(run("generate", "--from", "b.png", "--weights", weights, "-q"), ["no adapter for few"])
     assert run("generate", "--from", "b.png", "--weights", weights, "--steps", 5, "-o", "c.png").code == 0
+
+
+def test_mix_is_a_sheet_of_pairs_made_by_its_seed(run, weights):
+    flags = ["--weights", weights, "--steps", 2, "--seed", 5, "--between", 1]
+    ran = run("mix", "❤️", "blue heart", "heart", *flags, "-o", "a.png", "--json")
+    record = json.loads(ran.out)
+    assert len(record["pictures"]) == 12 and record["pictures"][:3] == ["red heart", "50 %", "blue heart"]
+    run("mix", "❤️", "blue heart", "heart", *flags, "-o", "b.png")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
