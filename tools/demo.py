@@ -83,7 +83,7 @@ def main() -> int:
     print(f"wrote {target.resolve()}")
     print(
         f"{len(PROMPTS)} pictures, {used['steps']} steps of {used['method']}, guidance {used['guidance']:g}, "
-        f"on {pipe.device} in {str(pipe.dtype).removeprefix('torch.')}: loading {result.seconds['load']:.2f} s, "
+        f"on {pipe.device} in {used['dtype']}: loading {result.seconds['load']:.2f} s, "
         f"sampling {result.seconds['sample']:.2f} s"
     )
     for warning in result.warnings:

@@ -59,7 +59,7 @@ def test_legs_from_parts_to_parts_end_where_one_run_does(tmp_path, phase):
 
 
 def test_a_checkpoint_that_is_too_large_becomes_compact_and_goes_on(tmp_path, phase):
-    go(tmp_path / "a", phase, largest=40_000)
+    go(tmp_path / "a", phase, largest=100_000)
     assert "rows" in loop.read_checkpoint(parts.join(tmp_path / "a", "last.pt", tmp_path / "a.pt"))[1]
     go(tmp_path / "b", phase, checkpoint=tmp_path / "a", minutes=60)
     record = loop.read_checkpoint(parts.join(tmp_path / "b", "last.pt", tmp_path / "b.pt"))[1]
