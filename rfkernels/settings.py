@@ -104,7 +104,7 @@ def sampling_of(
 
     A shift other than 1 means the schedule "shift", and so does a shift that is given without a schedule.
     """
-    if shift is None and schedule in (None, "shift") and config.shift != 1:
+    if shift is None and schedule in (None, "shift") and config.shift != 1 and not few:
         shift = config.shift
     if schedule is None:
         schedule = "linear" if shift is None else "shift"
