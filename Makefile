@@ -1,4 +1,4 @@
-# make demo   venv, build, a sheet of 16 pictures in out/
+# make demo   venv, build, a sheet of 36 pictures in out/
 # make test   venv, build, every test
 #
 # PYTHON=python3.11   the interpreter of the virtual environment that is made

@@ -84,6 +84,7 @@ def check_target(path: str | Path) -> None:
 def parameters_text(parameters: Mapping[str, Any]) -> str:
     """The parameters in the widespread form: the prompt, then one line of `Name: value` pairs."""
     prompts: Sequence[str] = parameters.get("prompts", [])
+    adapters: Mapping[str, float] = parameters.get("lora") or {}
     fields = {
         "Steps": parameters.get("steps"),
         "Sampler": parameters.get("method"),
@@ -95,6 +96,7 @@ def parameters_text(parameters: Mapping[str, Any]) -> str:
         "Model hash": str(parameters.get("weights") or "").removeprefix("sha256:")[:10] or None,
         "Model": parameters.get("model"),
         "Style": parameters.get("style"),
+        "LoRA": " ".join(f"{name}:{strength}" for name, strength in adapters.items()) or None,
         "Version": f"rfkernels {parameters['version']}" if "version" in parameters else None,
     }
     line = ", ".join(f"{name}: {_plain(value)}" for name, value in fields.items() if value is not None)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,7 +166,11 @@ def test_random_seed_is_recorded_and_gives_the_picture_again(pipe):
         ({"seed": 2**63}, "seed must be"),
         ({"schedule": "kl"}, "unknown schedule 'kl': use one of linear, "),
         ({"shift": 0.0}, "shift must be a positive number"),
-        ({"shift": 3.0}, "go together, got linear, 3.0"),
+        ({"shift": 3.0, "schedule": "linear"}, "go together, got linear, 3.0"),
+        ({"lora": "oil"}, "unknown LoRA 'oil'"),
+        ({"lora": {"oil": "strong"}}, "must be a number"),
+        ({"lora": {"oil": float("nan")}}, "from -10 to 10, got nan for oil"),
+        ({"few": True}, "no adapter for few steps"),
         ({"schedule": "shift"}, "go together, got shift, None"),
         ({"size": 32}, "does not know size 32: use 16"),
         ({"style": "oil"}, "unknown style 'oil': use one of noto"),
@@ -228,3 +233,49 @@ def test_a_callback_can_stop_early(pipe):
     seen = []
     pipe("red heart", steps=5, callback=lambda info: seen.append(info.step) or len(seen) == 2)
     assert len(seen) == 2
+
+
+def with_config(**changes) -> Pipeline:
+    model = tiny_model()
+    model.config = replace(TINY, **changes)
+    return Pipeline("emoji", model, torch.device("cpu"), torch.float32, "", 0.0)
+
+
+def test_sampling_is_the_models_own_where_nothing_is_said():
+    own = with_config(steps=3, guidance=2.0, shift=2.5, method="heun")
+    used = own("red heart").parameters
+    expected = {"steps": 3, "guidance": 2.0, "schedule": "shift", "shift": 2.5, "method": "heun"}
+    assert {name: used[name] for name in expected} == expected
+    said = with_config()("red heart", steps=3, guidance=2.0, schedule="shift", shift=2.5, method="heun")
+    assert pixels(own("red heart").images[0]) == pixels(said.images[0])
+    assert (
+        own("red heart", steps=2, guidance=1.0).parameters["method"],
+        with_config().model.config.steps,
+    ) == (
+        "heun",
+        8,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shift", "asked", "expected"),
+    [
+        (1.0, {}, ("linear", None)),
+        (1.0, {"shift": 3.0}, ("shift", 3.0)),
+        (2.0, {}, ("shift", 2.0)),
+        (2.0, {"shift": 3.0}, ("shift", 3.0)),
+        (2.0, {"schedule": "linear"}, ("linear", None)),
+        (2.0, {"schedule": "shift"}, ("shift", 2.0)),
+        (2.0, {"schedule": "karras"}, ("karras", None)),
+    ],
+)
+def test_a_shift_of_the_model_is_a_schedule(shift, asked, expected):
+    used = with_config(shift=shift)("red heart", steps=2, **asked).parameters
+    assert (used["schedule"], used["shift"]) == expected
+
+
+def test_emoji_in_a_prompt_are_read_as_words(pipe):
+    drawn, spelled = pipe("❤️", steps=2), pipe("red heart", steps=2)
+    assert pixels(drawn.images[0]) == pixels(spelled.images[0])
+    assert drawn.warnings == () and drawn.parameters["prompts"] == ["❤️"]
+    assert "dark, sunglasses" in " ".join(pipe("🕶️", steps=1).warnings)

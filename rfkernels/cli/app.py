@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 import rfkernels
-from rfkernels.cli import bench, convert, doctor, evaluate, generate, inspect, plan, quantize, show, train
+from rfkernels.cli import (
+    bench,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    mix,
+    plan,
+    quantize,
+    show,
+    train,
+)
 
 __all__ = ["app", "run"]
 
@@ -19,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("generate")(generate.generate)
+app.command("mix")(mix.mix)
 app.command("show")(show.show)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
@@ -80,7 +93,7 @@ def _exit_code_of(error: Exception) -> int | None:
 _USER_ERRORS = {
     ("rfkernels.cli.console", "UserError"),
     ("rfkernels.models.checkpoint", "WeightsError"),
-    ("rfkernels.pipeline", "InputError"),
+    ("rfkernels.settings", "InputError"),
     ("rfkernels.png", "PngError"),
     ("rfkernels.train.packages", "DataError"),
 }

@@ -29,15 +29,21 @@ Count = Annotated[int | None, _help("-n", "--count", help="Pictures of each prom
 Output = Annotated[
     Path | None, _help("-o", "--output", help="File: .png, .webp, .jpg [<prompt>_<seed>.png].")
 ]
-Steps = Annotated[int | None, _help(help="Solver steps [8].")]
-Method = Annotated[str | None, _help(help="Solver: euler, midpoint, heun, rk4, ab2 [ab2].")]
+Steps = Annotated[int | None, _help(help="Solver steps [the model's own].")]
+Method = Annotated[str | None, _help(help="Solver: euler, midpoint, heun, rk4, ab2 [the model's own].")]
 Guidance = Annotated[
-    float | None, _help("--guidance", "--cfg-scale", help="Pull to the prompt; 1 is off [3].")
+    float | None, _help("--guidance", "--cfg-scale", help="Pull to the prompt; 1 is off [the model's own].")
 ]
 Seed = Annotated[int | None, _help("-s", "--seed", help="Picture i uses SEED + i; -1 is random [-1].")]
-Schedule = Annotated[str | None, _help(help="Noise levels: linear, shift, karras, beta, ... [linear].")]
+Schedule = Annotated[str | None, _help(help="Noise levels: linear, shift, karras, ... [the model's own].")]
 Shift = Annotated[float | None, _help(help="Chooses schedule shift; > 1: more steps near the noise.")]
 Style = Annotated[str | None, _help(help="A style word of the model.")]
+Lora = Annotated[
+    list[str] | None, _help("--lora", help="NAME or FILE, and :STRENGTH if not 1; may be given again.")
+]
+Few = Annotated[
+    bool | None, _help("--few/--no-few", help="The adapter for few steps [where there is one, to 4 steps].")
+]
 Size = Annotated[int | None, _help(help="Pixels a side; the model knows one size (see --scale).")]
 Scale = Annotated[int | None, _help(help="Enlarge N times; 1 keeps the model's pixels [for viewing].")]
 Resample = Annotated[str | None, _help(help="How to enlarge: lanczos, nearest [lanczos].")]
@@ -63,6 +69,8 @@ def generate(
     schedule: Schedule = None,
     shift: Shift = None,
     style: Style = None,
+    lora: Lora = None,
+    few: Few = None,
     size: Size = None,
     scale: Scale = None,
     resample: Resample = None,
@@ -113,11 +121,20 @@ def _draw(request: Request, weights: Path | None, *, quiet: bool) -> tuple["Resu
             schedule=request.schedule,
             shift=request.shift,
             style=request.style,
+            lora=request.lora,
+            few=request.few,
             size=request.size,
             progress=show,
         )
     if request.weights not in (None, result.parameters["weights"]):
         note("warning: the earlier picture was made with other weights: this one will differ")
+    changed = [
+        name
+        for name, digest in result.parameters["lora_files"].items()
+        if request.lora_files.get(name, digest) != digest
+    ]
+    if changed:
+        note(f"warning: the earlier picture was made with another {changed[0]}: this one will differ")
     for warning in result.warnings:
         note(f"warning: {warning}")
     return result, {**result.parameters, "scale": scale, "resample": request.resample}
@@ -174,8 +191,15 @@ def _summary(result: "Result") -> str:
         f"{count} picture{'s' * (count > 1)} in {seconds['total']:.2f} s "
         f"(loading {seconds['load']:.2f}, sampling {seconds['sample']:.2f}) "
         f"on {used['device']} in {used['dtype']}: {used['steps']} steps of {used['method']}, "
-        f"guidance {used['guidance']:g}, seed {used['seed']}"
+        f"guidance {used['guidance']:g}, seed {used['seed']}{_adapters(used)}"
     )
+
+
+def _adapters(used: dict[str, Any]) -> str:
+    """What the summary says of the adapters that were on."""
+    named = [f"{Path(name).stem} {strength:g}" for name, strength in used["lora"].items()]
+    named += ["the one for few steps"] * used["few"]
+    return f", LoRA {', '.join(named)}" if named else ""
 
 
 def _record(target: Path, page: Image.Image, result: "Result", parameters: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from rfkernels.editing.flowchef import *
 from rfkernels.editing.flowedit import *
 from rfkernels.editing.inpaint import *
 from rfkernels.editing.inversion import *
+from rfkernels.editing.mix import *
 from rfkernels.editing.pusa import *
 from rfkernels.editing.reward import *
 from rfkernels.editing.transport import *

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from rfkernels import png, samplers
@@ -189,6 +190,10 @@ def test_awkward_prompts_work(run, weights):
         (["a", "-o", "missing/out.png"], ["missing", "does not exist"]),
         (["a", "-o", "."], ["is a folder"]),
         (["a", "--colour", "red"], ["--colour"]),
+        (["a", "--lora", "oil"], ["unknown LoRA 'oil'", "or a file"]),
+        (["a", "--lora", "oil:much"], ["NAME:STRENGTH", "oil:much"]),
+        (["a", "--lora", "oil:99"], ["from -10 to 10", "99"]),
+        (["a", "--few"], ["no adapter for few steps"]),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(run, weights, words, expected):
@@ -220,7 +225,9 @@ def test_outputs_are_refused_before_the_model_is_loaded(run):
         ({"prompts": "text"}, "damaged (prompts"),
         ({"prompts": ["a"], "steps": "8"}, "damaged (steps"),
         ({"prompts": ["a"], "seed": True}, "damaged (seed"),
-        ({"prompts": ["a"], "guidance": None}, "damaged (guidance"),
+        ({"prompts": ["a"], "guidance": "3"}, "damaged (guidance"),
+        ({"prompts": ["a"], "lora": {"pixel": "1"}}, "damaged (lora"),
+        ({"prompts": ["a"], "few": 1}, "damaged (few"),
         ({"prompts": ["a"], "steps": 10**30}, "steps must be"),
         ({"prompts": ["a"], "n": 10**9}, "too many"),
         ({"steps": 8}, "no prompt"),
@@ -270,3 +277,61 @@ def test_a_result_that_is_not_finite_is_an_error_not_a_picture(run, weights, mon
     ran = run("generate", "red heart", "--weights", weights, "-o", "a.png")
     assert ran.code == 1 and ran.out == "" and "not finite: use float32" in ran.err
     assert os.listdir(".") == []
+
+
+@pytest.fixture
+def adapters(weights, tmp_path_factory, monkeypatch):
+    """A package with the LoRA "pixel"."""
+    from safetensors.torch import save_file
+
+    from rfkernels import loras
+
+    folder = tmp_path_factory.mktemp("adapters")
+    factors = {"A": torch.full((1, 64), 0.1), "B": torch.ones(64, 1)}
+    save_file({f"text.out.lora_{k}.weight": t for k, t in factors.items()}, folder / "lora-pixel.safetensors")
+    monkeypatch.setattr(loras, "FOLDER", folder)
+    monkeypatch.setattr(loras, "FEW", folder / "emoji-few.safetensors")
+    return folder
+
+
+def test_loras_are_named_stored_and_made_again(run, weights, adapters):
+    flags = ["--weights", weights, "--steps", 2, "--seed", 3]
+    assert ", LoRA pixel 0.5" in run("generate", "❤️", *flags, "--lora", "pixel:0.5", "-o", "a.png").err
+    assert png.read_parameters("a.png")["lora"] == {"pixel": 0.5}
+    assert "LoRA: pixel:0.5" in run("show", "a.png").out
+    run("generate", "--from", "a.png", "--weights", weights, "-o", "b.png")
+    assert png.read_parameters("a.png") == png.read_parameters("b.png")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    run("generate", "❤️", *flags, "-o", "c.png")
+    with Image.open("a.png") as with_lora, Image.open("c.png") as without:
+        assert with_lora.tobytes() != without.tobytes()
+    with Image.open("a.png") as image:
+        stored = {**png.read_parameters("a.png"), "lora_files": {"pixel": "sha256:0"}}
+        png.write_image("d.png", image, stored)
+    assert "another pixel" in run("generate", "--from", "d.png", "--weights", weights, "-o", "e.png").err
+
+
+def test_show_without_a_file_lists_models_and_loras(run, adapters):
+    ran = run("show")
+    assert ran.code == 0 and "LoRA    pixel" in ran.out and "model   emoji" in ran.out and ran.err == ""
+    assert json.loads(run("show", "--json").out)["loras"] == {
+        "pixel": str(adapters / "lora-pixel.safetensors")
+    }
+    assert one_line(run("generate", "a", "--lora", "oil"), ["use one of pixel"])
+
+
+def test_other_steps_choose_anew_whether_the_adapter_for_few_is_on(run, weights):
+    run("generate", "heart", "--weights", weights, "--steps", 1, "-o", "a.png")
+    with Image.open("a.png") as image:
+        png.write_image("b.png", image, {**png.read_parameters("a.png"), "few": True})
+    assert one_line(run("generate", "--from", "b.png", "--weights", weights, "-q"), ["no adapter for few"])
+    assert run("generate", "--from", "b.png", "--weights", weights, "--steps", 5, "-o", "c.png").code == 0
+
+
+def test_mix_is_a_sheet_of_pairs_made_by_its_seed(run, weights):
+    flags = ["--weights", weights, "--steps", 2, "--seed", 5, "--between", 1]
+    ran = run("mix", "❤️", "blue heart", "heart", *flags, "-o", "a.png", "--json")
+    record = json.loads(ran.out)
+    assert len(record["pictures"]) == 12 and record["pictures"][:3] == ["red heart", "50 %", "blue heart"]
+    run("mix", "❤️", "blue heart", "heart", *flags, "-o", "b.png")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()

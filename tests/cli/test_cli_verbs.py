@@ -13,7 +13,7 @@ from rfkernels.cli import bench
 from tests.cli.conftest import one_line
 
 WITHOUT = "import sys; sys.modules[{0!r}] = None; from rfkernels.cli import main; sys.exit(main({1!r}))"
-VERBS = ("generate", "show", "inspect", "convert", "quantize", "doctor", "bench", "train", "eval")
+VERBS = ("generate", "mix", "show", "inspect", "convert", "quantize", "doctor", "bench", "train", "eval")
 
 
 def test_help_names_every_verb(run):
@@ -29,7 +29,7 @@ def test_version(run):
 
 def test_unknown_verbs_and_missing_arguments_are_one_line(run):
     assert one_line(run("paint"), ["paint"])
-    assert one_line(run("show"), ["file"])
+    assert one_line(run("inspect"), ["file"])
     assert one_line(run("train"), ["model"])
 
 
@@ -112,6 +112,16 @@ def test_benchmarks_are_found_in_a_source_tree_only(tmp_path):
         (["train", "emoji", "--resume", "--out", "empty"], ["no checkpoint", "without --resume"]),
         (["train", "emoji", "--out", "/proc/none"], ["cannot create the folder"]),
         (["train", "emoji", "--device", "tpu"], ["unknown device"]),
+        (["train", "emoji", "--phase", "dream"], ["unknown phase 'dream'", "flow, reflow, distil, lora"]),
+        (["train", "emoji", "--config", "huge"], ["unknown config 'huge'", "small, full"]),
+        (["train", "emoji", "--phase", "lora", "--style", "oil"], ["unknown style 'oil'", "pixel"]),
+        (["train", "emoji", "--leg", "-1"], ["leg", "got -1"]),
+        (["train", "emoji", "--steps", "0"], ["steps", "got 0"]),
+        (["train", "emoji", "--data", "absent.pack"], ["--data absent.pack does not exist"]),
+        (["train", "emoji", "--from", "absent.safetensors"], ["--from absent.safetensors does not exist"]),
+        (["mix", "a"], ["two to 8 prompts", "got 1"]),
+        (["mix", "a", "b", "--between", "9"], ["between must be from 1 to 5", "got 9"]),
+        (["mix", "a", "b", "-o", "none/mix.png"], ["folder none"]),
         (["eval", "emoji", "--weights", "absent.safetensors"], ["absent.safetensors"]),
     ],
 )
