@@ -102,7 +102,7 @@ def read_emoji(path: Path, *, device: torch.device, dtype: torch.dtype) -> Emoji
     model.known_words = words.clone()
     model.load_state_dict({**loaded, "known_words": words}, assign=True)
     model = model.to(dtype=dtype).requires_grad_(False).eval()
-    model.rope_cos, model.rope_sin = rope_table(model.grid, model.config.width // model.config.heads)
+    model.rotation = rope_table(model.grid, model.head_dim)
     return model.to(device)
 
 

@@ -10,7 +10,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rfkernels.models import text as text_module
-from rfkernels.models.blocks import DoubleBlock, SingleBlock, modulate, rope_table, sinusoid
+from rfkernels.models.blocks import (
+    DoubleBlock,
+    SingleBlock,
+    as_halves,
+    as_neighbours,
+    kit_of,
+    rope_table,
+    sinusoid,
+)
 from rfkernels.models.text import TextEncoder, TextTokens
 
 __all__ = ["EmojiConfig", "EmojiFlow", "load_emoji", "to_images"]
@@ -70,9 +78,7 @@ class EmojiFlow(nn.Module):
         )
         self.out_offset = nn.Parameter(torch.zeros(2, c.width))
         self.out = nn.Linear(c.width, patch)
-        cos, sin = rope_table(self.grid, c.width // c.heads)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        self.register_buffer("rotation", rope_table(self.grid, self.head_dim), persistent=False)
         self.register_buffer("known_words", torch.zeros(0, dtype=torch.int32))
         self._init()
 
@@ -92,6 +98,21 @@ class EmojiFlow(nn.Module):
                 stream.offset.data[[2, 5]] = 0.5
         for block in self.single_blocks:
             block.offset.data[2] = 0.5
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.width // self.config.heads
+
+    def state_dict(self, *args, prefix: str = "", **options) -> dict[str, Tensor]:
+        """Rotary pairs are halves of a head there and in files, and neighbours in the parameters."""
+        state = super().state_dict(*args, prefix=prefix, **options)
+        own = {name: t for name, t in state.items() if name.startswith(prefix)}
+        state.update(as_halves(own, self.config.width, self.head_dim))
+        return state
+
+    def _load_from_state_dict(self, state_dict, *args):
+        state_dict.update(as_neighbours(state_dict, self.config.width, self.head_dim))
+        super()._load_from_state_dict(state_dict, *args)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,7 +135,11 @@ class EmojiFlow(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, text: TextTokens) -> Tensor:
         """Velocity like x for x [batch, 4, size, size], sigma [batch] and a text of batch prompts."""
-        x0 = self.predict(x.to(self.dtype), sigma, text.rows, text.weights, text.mask)
+        return self.velocity(x, sigma, text.rows, text.weights, text.mask)
+
+    def velocity(self, x: Tensor, sigma: Tensor, rows: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+        """`forward` of tensors alone: what a `GraphRunner` takes."""
+        x0 = self.predict(x.to(self.dtype), sigma, rows, weights, mask)
         scale = sigma.float().clamp(min=SIGMA_MIN)[:, None, None, None]
         return ((x.float() - x0.float()) / scale).to(x.dtype)
 
@@ -126,21 +151,20 @@ class EmojiFlow(nn.Module):
     def predict(self, x: Tensor, sigma: Tensor, rows: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
         """The picture x0 that the network expects behind x at noise level sigma, like x."""
         words, pooled = self.text(rows, weights, mask)
-        time = self.time(sinusoid(sigma, self.config.width).to(words.dtype))
+        time = self.time(sinusoid(sigma, self.config.width, words.dtype))
         shared = self.modulation(F.silu(time + self.pooled(pooled))).unflatten(-1, (6, -1))
-        bias = torch.zeros_like(mask, dtype=words.dtype).masked_fill(~mask, float("-inf"))
-        bias = F.pad(bias, (self.grid**2, 0))[:, None, None]
-        rope = (self.rope_cos, self.rope_sin)
+        tokens = self.grid**2
+        lengths = mask.sum(1, dtype=torch.int32) + tokens
+        rotation = self.rotation.to(torch.float64 if words.dtype == torch.float64 else torch.float32)
 
         image = self.image_in(self.patchify(x))
-        both = torch.cat([shared, shared], 1)
         for block in self.double_blocks:
-            image, words = block(image, words, both, rope, bias)
-        joined = torch.cat([image, words], 1)
+            image, words = block(image, words, shared, rotation, lengths)
+        both = torch.cat([image, words], 1)
         for block in self.single_blocks:
-            joined = block(joined, shared[:, :3], rope, bias)
-        m = (shared[:, 3:5] + self.out_offset).to(joined.dtype)
-        return self.unpatchify(self.out(modulate(joined[:, : self.grid**2], m[:, 0], m[:, 1])))
+            both = block(both, shared[:, :3], rotation, lengths)
+        shift, scale = (shared[:, 3:5] + self.out_offset).to(both.dtype).unbind(1)
+        return self.unpatchify(self.out(kit_of(both).norm_modulate(both[:, :tokens], scale, shift)))
 
     def patchify(self, x: Tensor) -> Tensor:
         """[batch, channels, size, size] -> [batch, grid^2, channels patch^2]."""

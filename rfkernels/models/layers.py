@@ -25,6 +25,7 @@ __all__ = [
     "embed_time",
     "finish",
     "gated_residual_norm_modulate",
+    "gelu_linear",
     "gelu_mlp",
     "is_plain",
     "joint",
@@ -104,14 +105,18 @@ def attend(
 
 def gelu_mlp(x: Tensor | Codes, ff: nn.Module) -> tuple[Tensor, nn.Module]:
     """The hidden side of diffusers' FeedForward with the tanh GELU, and the layer that reads it."""
-    up, down = ff.net[0].proj, ff.net[2]
+    return gelu_linear(x, ff.net[0].proj), ff.net[2]
+
+
+def gelu_linear(x: Tensor | Codes, up: nn.Module) -> Tensor:
+    """The tanh GELU of a layer."""
     if isinstance(x, Codes):
-        return up.run(x.codes, x_scale=x.scales, dtype=x.dtype, activation="gelu_tanh"), down
+        return up.run(x.codes, x_scale=x.scales, dtype=x.dtype, activation="gelu_tanh")
     if is_plain(up, QuantLinear) and not _recorded(x):
-        return up.run(x, activation="gelu_tanh"), down
+        return up.run(x, activation="gelu_tanh")
     if is_plain(up, nn.Linear):  # the bias is added where the GELU reads
-        return ops.gelu(F.linear(x, up.weight), "tanh", up.bias), down
-    return ops.gelu(up(x), "tanh"), down
+        return ops.gelu(F.linear(x, up.weight), "tanh", up.bias)
+    return ops.gelu(up(x), "tanh")
 
 
 def swiglu_mlp(x: Tensor | Codes, gate: nn.Module, up: nn.Module | None = None) -> Tensor:

@@ -52,7 +52,7 @@ def test_written_model_reads_back(weights):
     a, b = (m(x, sigma, m.encode(["red heart", ""])) for m in (model, again))
     assert (a - b).square().mean().sqrt() < 0.05 * a.std()
     bf16 = load_emoji(weights, dtype=torch.bfloat16)
-    assert bf16.dtype == torch.bfloat16 and bf16.rope_cos.dtype == torch.float32
+    assert bf16.dtype == torch.bfloat16 and bf16.rotation.dtype == torch.float32
 
 
 def test_record_tells_how_it_was_made(weights):
