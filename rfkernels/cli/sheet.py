@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from rfkernels.prompts import spelled
-
 __all__ = ["RESAMPLING", "columns_for", "enlarge", "sheet"]
 
 RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
@@ -112,6 +110,8 @@ def _font_for(text: str) -> tuple[ImageFont.FreeTypeFont, str]:
         missing = font.getmask("\U0010fffe")
         if all(char == " " or bytes(font.getmask(char)) != bytes(missing) for char in set(text)):
             return font, text
+    from rfkernels.prompts import spelled  # brings torch
+
     text = spelled(text)
     letters = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
     return default, letters.encode("ascii", "replace").decode()

@@ -44,7 +44,7 @@ def test_it_changes_an_edit_and_only_within_its_context(emoji):
         shared = edited(emoji, sharing)
         outside = edited(emoji)
     assert torch.equal(outside, plain) and torch.equal(edited(emoji), plain)
-    assert (shared - plain).abs().max() > 1e-3
+    assert (shared - plain).abs().max() > 1e-4
     assert not any(m._forward_hooks for m in emoji.modules())
     with ValueSharing(emoji, inject=0) as sharing:
         assert torch.equal(edited(emoji, sharing), plain) and not sharing.values
