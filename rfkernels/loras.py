@@ -15,7 +15,7 @@ __all__ = ["FEW", "Rack", "find", "shared_copy", "shipped"]
 
 FOLDER = Path(__file__).parent / "weights"
 FEW = FOLDER / "emoji-few.safetensors"  # the adapter for at most FEW_STEPS steps
-FEW_STEPS = 4
+FEW_STEPS = 2
 
 
 def shipped() -> dict[str, Path]:

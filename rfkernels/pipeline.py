@@ -144,7 +144,7 @@ class Pipeline:
         `guidance` is the scale of classifier-free guidance; 1 switches it off and halves the work. `style`:
         one of the model's style words. `size`: None, or the model's own in pixels.
         `lora`: adapters by name or file, or their strengths by these: {"pixel": 1.0, "glow": 0.5}. `few`: the
-        adapter for few steps; None: where there is one for these weights and at most 4 steps are made.
+        adapter for few steps; None: where there is one for these weights and at most 2 steps are made.
         `progress(done, total)` counts evaluations of the model (adaptive methods do not know the total),
         `callback` sees each step of the sampler.
         Raises `InputError`, and `ResultError` if the result is not finite.

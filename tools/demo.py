@@ -54,7 +54,7 @@ PROMPTS = (
     "a dog left of a cat",
     "a star above a house",
     "a small star in the top left corner on a blue background",
-    "pixel art heart",
+    "a purple car",
     "a guitar turned upside down",
     "a crown 3d",
     "a fish flat",

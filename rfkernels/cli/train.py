@@ -53,45 +53,55 @@ def train(
     _one_of("phase", phase, PHASES)
     _one_of("config", config, _CONFIGS)
     _one_of("style", style, STYLES)
-    for name, value in {
-        "minutes": minutes,
-        "leg": leg,
-        "steps": steps,
-        "batch": batch,
-        "count": count,
-    }.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{name} must be a positive number, got {value:g}")
+    _positive(minutes=minutes, leg=leg, steps=steps, batch=batch, count=count)
     if min(rank, workers, seed) < 0:
         raise UserError(f"rank, workers and seed must not be negative, got {rank}, {workers}, {seed}")
-    if resume and not (out / "last.pt").exists():
-        raise UserError(f"there is no checkpoint {out / 'last.pt'}: start without --resume")
-    for option, path in {"--data": data, "--from": start}.items():
-        if path is not None and not path.exists() and (option == "--from" or path.suffix == ".pack"):
-            raise UserError(f"{option} {path} does not exist: check the name")
+    _require_checkpoint(out / "last.pt", resume)
+    _require_files(data, start)
     from rfkernels.settings import resolve_device
 
-    where = resolve_device(device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create the folder {out}: {error.strerror}; choose another --out") from error
+    where = str(resolve_device(device))
+    _make(out)
     try:
         made = run_phase(
             phase, out, preset=config, minutes=minutes, leg=leg, steps=steps, batch=batch, seed=seed,
             data=data, start=start, pairs=pairs, count=count, style=style, rank=rank, resume=resume,
-            device=str(where), workers=workers,
+            device=where, workers=workers,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
     print(made)
-    adapter = phase == "lora" or (phase == "distil" and rank)
-    note(f'try it: rfkernels generate "a red heart" --{"lora" if adapter else "weights"} {made}')
+    option = "--lora" if phase == "lora" or (phase == "distil" and rank) else "--weights"
+    note(f'try it: rfkernels generate "a red heart" {option} {made}')
+
+
+def _require_files(data: Path | None, start: Path | None) -> None:
+    for option, path in {"--data": data, "--from": start}.items():
+        if path is not None and not path.exists() and (option == "--from" or path.suffix == ".pack"):
+            raise UserError(f"{option} {path} does not exist: check the name")
+
+
+def _require_checkpoint(last: Path, resume: bool) -> None:
+    if resume and not last.exists():
+        raise UserError(f"there is no checkpoint {last}: start without --resume")
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {out}: {error.strerror}; choose another --out") from error
 
 
 def require_known(model: str) -> None:
     if model != "emoji":
         raise UserError(f"unknown model {model!r}: use emoji")
+
+
+def _positive(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} must be a positive number, got {value:g}")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

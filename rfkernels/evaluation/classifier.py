@@ -165,10 +165,11 @@ class _Views:
         rng, glyph = self.rng, self.bank.glyphs[row]
         tinted = glyph.hue is not None and rng.random() < 0.3
         worn = self.worn.get(glyph.style) if self.bank.concepts[glyph.concept].face else None
+        items = ()
         if worn and rng.random() < 0.4:
             thing = worn[rng.integers(len(worn))]
             items = accessory_items(self.bank, row, thing, slot_of(self.labels[thing]))
-        else:
+        if not items:  # also where the thing does not suit the face
             tint = tuple(TINTS)[rng.integers(len(TINTS))] if tinted else None
             items = (Item(row, tint, angle=float(rng.normal(0, 25 if rng.random() < 0.2 else 3))),)
         return Scene("plain", self._filling(items))

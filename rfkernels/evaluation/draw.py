@@ -49,7 +49,7 @@ def draw(
 
 
 def _noise(model: EmojiFlow, seeds: list[int]) -> Tensor:
-    c, device = model.config, model.out.bias.device
+    c, device = model.config, model.out_offset.device
     return philox_normal(
         (len(seeds), c.channels, c.size, c.size), noise_keys(seeds, len(seeds), device=device)
     )

@@ -30,7 +30,9 @@ __all__ = [
 
 FORMAT = "rfkernels-emoji"
 VERSION = "1"
-LICENCE = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Fluent Emoji (MIT), see MODEL_CARD.md"
+LICENCE = (
+    "Apache-2.0; trained on Noto Emoji and FxEmojis (Apache-2.0) and Fluent Emoji (MIT), see MODEL_CARD.md"
+)
 SCALE = ".scale"
 LIMITS = {"double_blocks": 64, "single_blocks": 64, "table": 1 << 20}  # a larger number is not one of ours
 LARGEST = 8192

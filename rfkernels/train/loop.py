@@ -79,7 +79,7 @@ class State:
 
     @property
     def device(self) -> torch.device:
-        return self.model.out.bias.device
+        return self.model.out_offset.device
 
     def progress(self) -> float:
         if self.recipe.steps is not None:
@@ -248,7 +248,7 @@ def to_device(device: torch.device, inputs: tuple) -> tuple:
 
 
 def _loss_of(task: Task, model: EmojiFlow, compile: bool) -> Callable[..., Tensor]:
-    kind = model.out.bias.device.type
+    kind = model.out_offset.device.type
 
     def loss(*prepared: Tensor) -> Tensor:
         with torch.autocast(kind, torch.bfloat16):
