@@ -155,7 +155,8 @@ class Examiner:
             for thing in (None, *self.worn.get(self.bank.glyphs[row].style, ())):
                 label = "" if thing is None else self.labels[thing]
                 both = accessory_items(self.bank, row, thing, slot_of(label)) if label else (Item(row),)
-                options.setdefault(label, []).append(both)
+                if both:  # not every thing suits every face
+                    options.setdefault(label, []).append(both)
         best = self._nearest(scene, picture, options)
         return best == self.labels[worn.glyph], self._shows(scene, picture, mask)
 
