@@ -39,7 +39,7 @@ def test_edits_turn_the_heart_blue_and_keep_its_place(names):
 
 
 def test_known_pixels_and_measurements_hold(names):
-    kept = names.mask.expand(1, 4, 64, 64) == 1
+    kept = names.mask.expand(1, 4, 128, 128) == 1
     assert torch.equal(names.filled[kept], names.source[kept])
     assert blue(names.filled) < -1
     small = editing.operators.measure(names.large, names.rows, names.rows)
