@@ -181,6 +181,15 @@ def test_adapters_switch_mix_and_leave_the_base(weights, bank, tmp_path):
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
+def test_branch_is_the_product_that_the_file_holds():
+    layer = torch.nn.Linear(8, 6)
+    branch, x = lowrank.LowRank(layer, 2), torch.randn(3, 8)
+    with torch.no_grad():
+        branch.lora_B.normal_()
+        wanted = torch.nn.functional.linear(x, layer.weight + branch.lora_B @ branch.lora_A, layer.bias)
+        torch.testing.assert_close(branch(x), wanted)
+
+
 def test_adapter_is_the_average_of_what_was_trained(weights, bank, tmp_path):
     path = lora.train(tmp_path, "outline", **settings(weights, bank, rank=2, word="sticker"))
     model = load_emoji(weights)
