@@ -16,6 +16,7 @@ __all__ = ["Explanation", "Finding", "cuda_coverage", "explain", "has_fast_bf16"
 _REINSTALL = "pip install --force-reinstall --no-deps rfkernels (or `pip install .` in a source tree)"
 _MIN_TORCH = (2, 6)
 WEIGHTS = Path(__file__).parent / "weights"
+MODEL = "emoji.safetensors"  # the others are adapters
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _attention(build: dict | None, devices: list[dict[str, Any]]) -> dict[str, A
 def _weights(torch_info: dict | None, findings: list[Finding]) -> list[dict[str, Any]]:
     """The weights files shipped with the package, each opened to see that it is whole and ours."""
     files = sorted(WEIGHTS.glob("*.safetensors"))
-    if not any(file.name == "emoji.safetensors" for file in files):
+    if not any(file.name == MODEL for file in files):
         problem = f"the weights of the emoji model are missing in {WEIGHTS}"
         findings.append(Finding("error", problem, f"{_REINSTALL}; or train: rfkernels train emoji"))
     found = []
@@ -251,7 +252,9 @@ def _weights(torch_info: dict | None, findings: list[Finding]) -> list[dict[str,
 
 def _is_intact(file: Path, findings: list[Finding]) -> bool:
     try:
-        importlib.import_module("rfkernels.models.checkpoint").read_record(file)
+        checkpoint = importlib.import_module("rfkernels.models.checkpoint")
+        read = checkpoint.read_record if file.name == MODEL else checkpoint.read_adapter_record
+        read(file)
     except Exception as error:  # a damaged file, or a package (safetensors) that does not load
         findings.append(Finding("error", _one_line(error), _REINSTALL))
         return False

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 
 import pytest
@@ -202,3 +203,18 @@ def test_fast_bf16_is_false_where_it_cannot_be_known(monkeypatch):
 
     monkeypatch.setattr(diagnosis.Path, "read_text", absent)
     assert diagnosis.has_fast_bf16() is False
+
+
+def test_every_file_of_the_package_is_intact():
+    found = {row["name"]: row["intact"] for row in rfkernels.explain()["weights"]}
+    assert found.keys() >= {"emoji", "emoji-few", "lora-pixel", "lora-outline", "lora-glow"}
+    assert all(found.values()), found
+
+
+def test_an_adapter_that_is_none_is_reported(monkeypatch, tmp_path):
+    shutil.copy(diagnosis.WEIGHTS / "emoji.safetensors", tmp_path / "emoji.safetensors")
+    shutil.copy(diagnosis.WEIGHTS / "emoji.safetensors", tmp_path / "lora-oil.safetensors")
+    monkeypatch.setattr(diagnosis, "WEIGHTS", tmp_path)
+    report = rfkernels.explain()
+    assert [row["intact"] for row in report["weights"]] == [True, False]
+    assert "'rfkernels-lora' is needed" in problems(report, "error")

@@ -18,17 +18,20 @@ from rfkernels.models.blocks import rope_table
 from rfkernels.models.emoji import EmojiConfig, EmojiFlow
 
 __all__ = [
+    "ADAPTER",
     "FORMAT",
     "VERSION",
     "WeightsError",
     "dequantise",
     "quantise",
+    "read_adapter_record",
     "read_emoji",
     "read_record",
     "write_emoji",
 ]
 
 FORMAT = "rfkernels-emoji"
+ADAPTER = "rfkernels-lora"  # the format of adapters that ship beside a model
 VERSION = "1"
 LICENCE = (
     "Apache-2.0; trained on Noto Emoji and FxEmojis (Apache-2.0) and Fluent Emoji (MIT), see MODEL_CARD.md"
@@ -89,6 +92,11 @@ def read_record(path: Path) -> dict:
     }
 
 
+def read_adapter_record(path: Path) -> dict[str, str]:
+    """The metadata of an adapter file that we made, without its tensors; raises WeightsError."""
+    return _read(Path(path), kind=ADAPTER, tensors=False)[0]
+
+
 def read_emoji(path: Path, *, device: torch.device, dtype: torch.dtype) -> EmojiFlow:
     """The model of a weights file, on `device` with parameters of `dtype`; raises WeightsError."""
     metadata, tensors = _read(path)
@@ -118,7 +126,9 @@ def _describe(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
 
 
-def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(
+    path: Path, *, kind: str = FORMAT, tensors: bool = True
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -129,9 +139,9 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, str], dict[str
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise _broken(path, f"format {FORMAT!r} is needed, got {metadata.get('format')!r}")
-            if metadata.get("version") != VERSION:
+            if metadata.get("format") != kind:
+                raise _broken(path, f"format {kind!r} is needed, got {metadata.get('format')!r}")
+            if kind == FORMAT and metadata.get("version") != VERSION:
                 raise _broken(path, f"format version {VERSION} is needed, got {metadata.get('version')!r}")
             return metadata, {k: file.get_tensor(k) for k in file.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfkernels.models.checkpoint import LICENCE
+from rfkernels.models.checkpoint import ADAPTER, LICENCE
 from rfkernels.models.emoji import DEFAULT_WEIGHTS, EmojiFlow
 from rfkernels.train import loop
 from rfkernels.train.pairs import digest_of
@@ -84,7 +84,7 @@ def write_lora(state: loop.State, path: Path, start: str | Path | None, **metada
             tensors[f"{name}.lora_A.weight"] = layer.lora_A.detach().half().cpu().contiguous()
             tensors[f"{name}.lora_B.weight"] = layer.lora_B.detach().half().cpu().contiguous()
             tensors[f"{name}.alpha"] = torch.tensor(len(layer.lora_A), dtype=torch.float16)
-    record = {"format": "rfkernels-lora", "base": f"sha256:{digest_of(start or DEFAULT_WEIGHTS)}"}
+    record = {"format": ADAPTER, "base": f"sha256:{digest_of(start or DEFAULT_WEIGHTS)}"}
     training = json.dumps({**asdict(state.recipe), "started_from": None, "steps_done": state.step})
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, {**record, "licence": LICENCE, **metadata, "training": training})
