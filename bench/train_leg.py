@@ -99,7 +99,7 @@ def compact(last: Path) -> None:
     """Replaces a whole checkpoint by its averaged weights as int8 rows, which `restore` takes as well."""
     _, record = loop.read_checkpoint(last)
     if "rows" not in record:
-        record["rows"] = loop._rows(record["ema"])
+        record["rows"] = loop.as_rows(record["ema"])
     for name in ("model", "ema", "muon", "adam", "begun"):
         record.pop(name, None)
     torch.save(record, last)

@@ -7,7 +7,7 @@ on all levels. Liu et al., "InstaFlow", 2023; Zhu, Liu and Liu, "SlimFlow", 2024
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -103,8 +103,7 @@ def train(
         ValueError: a folder without pairs, or pictures of another size than the model's.
         FileNotFoundError: `resume` without a checkpoint.
     """
-    recipe = replace(recipe, minutes=minutes or recipe.minutes, steps=steps or recipe.steps)
-    out, model, recipe = begin(out, start, recipe, device, resume, seed)
+    out, model, recipe = begin(out, start, recipe, minutes, steps, resume, seed)
     if rank:
         adapt(model, rank)
     state = loop.new_state(model, recipe, torch.device(device))

@@ -112,7 +112,7 @@ def new_state(model: EmojiFlow, recipe: Recipe, device: torch.device) -> State:
     return State(model, copy.deepcopy(model).requires_grad_(False), muon, adam, recipe)
 
 
-def _rows(tensors: dict[str, Tensor]) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+def as_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
     """Matrices as int8 rows with scales, other numbers as float16."""
     floating = {n: p.cpu() for n, p in tensors.items()}
     return {
@@ -139,7 +139,7 @@ def save(state: State, path: Path, *, compact: bool = False) -> None:
         "seconds": state.seconds,
     }
     if compact:
-        record["rows"] = _rows(state.ema.state_dict())
+        record["rows"] = as_rows(state.ema.state_dict())
     else:
         record |= {n: getattr(state, n).state_dict() for n in ("model", "ema", "muon", "adam")}
         record["begun"] = state.begun

@@ -82,8 +82,7 @@ def train(
     """
     if style not in STYLES:
         raise ValueError(f"a style of {', '.join(STYLES)} is required, got {style!r}")
-    recipe = replace(recipe, minutes=minutes or recipe.minutes, steps=steps or recipe.steps)
-    out, model, recipe = begin(out, start, recipe, device, resume, seed)
+    out, model, recipe = begin(out, start, recipe, minutes, steps, resume, seed)
     where = torch.device(device)
     state = loop.new_state(adapt(model, largest_rank(model, LARGEST, rank)), recipe, where)
     bank = bank or open_bank()

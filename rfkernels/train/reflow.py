@@ -111,9 +111,16 @@ class ReflowTask(loop.Task):
 
 
 def begin(
-    out: Path, start: str | Path | None, recipe: loop.Recipe, device: str, resume: bool, seed: int
+    out: Path,
+    start: str | Path | None,
+    recipe: loop.Recipe,
+    minutes: float | None,
+    steps: int | None,
+    resume: bool,
+    seed: int,
 ) -> tuple[Path, EmojiFlow, loop.Recipe]:
     """The folder of a run, the model of the weights it starts from, and its recipe with their record."""
+    recipe = replace(recipe, minutes=minutes or recipe.minutes, steps=steps or recipe.steps)
     out, path = Path(out), Path(start or DEFAULT_WEIGHTS)
     out.mkdir(parents=True, exist_ok=True)
     if resume and not (out / "last.pt").exists():
@@ -152,8 +159,7 @@ def train(
         ValueError: a folder without pairs, or pictures of another size than the model's.
         FileNotFoundError: `resume` without a checkpoint.
     """
-    recipe = replace(recipe, minutes=minutes or recipe.minutes, steps=steps or recipe.steps)
-    out, model, recipe = begin(out, start, recipe, device, resume, seed)
+    out, model, recipe = begin(out, start, recipe, minutes, steps, resume, seed)
     task = ReflowTask(fitting(pairs, model), model.config.table, recipe.batch, seed, **options)
     state = loop.new_state(model, recipe, torch.device(device))
     if resume:
